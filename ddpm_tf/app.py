@@ -1,0 +1,70 @@
+"""How the absl mains start and end: flags that cannot be used leave with 2 and one message, no traceback."""
+
+import os
+import sys
+
+from absl import app, flags, logging
+
+from ddpm_tf import config as config_lib
+from ddpm_tf.errors import InputError
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is first imported
+
+flags.DEFINE_bool("debug", False, "Show the traceback of an error.", allow_override=True)
+
+
+def run(main):
+    """Run main(argv) under absl; exit codes as in `errors`."""
+    logging.set_verbosity(logging.INFO)
+    app.run(lambda argv: _guarded(main, argv), flags_parser=_parse_flags)
+
+
+def _guarded(main, argv):
+    try:
+        main(argv)
+    except InputError as e:
+        if flags.FLAGS.debug:
+            raise
+        _leave(str(e), e.exit_code)
+
+
+def _leave(message, code):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _parse_flags(argv):
+    """absl's own parser leaves with 1 on errors and on --help, and an unknown --config.x is a traceback there."""
+    if any(a in ("--help", "-help", "-h", "--helpfull", "-helpfull", "--helpshort", "-helpshort") for a in argv[1:]):
+        print(sys.modules["__main__"].__doc__ + "\nFlags:\n" + flags.FLAGS.main_module_help())
+        if "config" in flags.FLAGS:
+            print("\nFields of --config, with their defaults (configs/*.py change some):\n" + config_lib.describe())
+        sys.exit(0)
+    try:
+        rest = flags.FLAGS(argv)
+    except InputError as e:
+        _leave(str(e), 2)
+    except flags.Error as e:
+        _leave(f"{e}\nTry --help.", 2)
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OSError,
+    ) as e:  # from the config file or a field of it
+        _leave(_explain_config_error(argv, e), 2)
+    if len(rest) > 1:
+        _leave(f"Unexpected arguments {rest[1:]}; every setting is a flag, --name=value. Try --help.", 2)
+    return rest
+
+
+def _explain_config_error(argv, error):
+    known = {field.path for field in config_lib.FIELDS}
+    for arg in argv[1:]:
+        name = arg.lstrip("-").partition("=")[0]
+        path = name.removeprefix("config.")
+        if name.startswith("config.") and path not in known:
+            close = config_lib.suggest(path)
+            return f"Unknown config field --{name}." + (f" Did you mean --config.{close}?" if close else " Try --help.")
+    return f"--config cannot be read: {str(error).strip()}"

@@ -1,0 +1,94 @@
+"""Config sections to objects; beside `experiment`, the only reader of configs."""
+
+import math
+
+import tensorflow as tf
+
+from ddpm_tf.data import load_source, make_dataset
+from ddpm_tf.diffusion.process import GaussianDiffusion
+from ddpm_tf.diffusion.schedules import Schedule, make_betas
+from ddpm_tf.errors import InputError, unknown_name
+from ddpm_tf.networks import UNet
+from ddpm_tf.samplers import make_sampler
+from ddpm_tf.training.model import DiffusionModel
+from ddpm_tf.training.optimizers import make_optimizer
+
+NETWORKS = {"unet": UNet}
+
+
+def image_shape(config):
+    """(H, W, C)."""
+    return config.data.image_size, config.data.image_width or config.data.image_size, config.data.channels
+
+
+def build_source(config, *, download=False):
+    data = config.data
+    return load_source(
+        data.source, image_shape=image_shape(config), split=data.split, data_dir=data.data_dir, download=download,
+        in_memory_mb=data.in_memory_mb,
+    )  # fmt: skip
+
+
+def build_dataset(config, source, *, start_step):
+    return make_dataset(
+        source, batch_size=config.data.batch_size, seed=config.seed, start_step=start_step,
+        random_flip=config.data.random_flip,
+    )  # fmt: skip
+
+
+def build_diffusion(config):
+    d = config.diffusion
+    betas = make_betas(d.schedule, d.num_timesteps, beta_start=d.beta_start, beta_end=d.beta_end)
+    return GaussianDiffusion(Schedule(betas), prediction=d.prediction, variance=d.variance, clip=config.sample.clip)
+
+
+def build_network(config):
+    n = config.network
+    if n.name not in NETWORKS:
+        raise unknown_name("network.name", n.name, NETWORKS)
+    return NETWORKS[n.name](
+        image_shape(config), ch=n.ch, ch_mult=n.ch_mult, num_res_blocks=n.num_res_blocks,
+        attn_resolutions=n.attn_resolutions, dropout=n.dropout, resamp_with_conv=n.resamp_with_conv, seed=config.seed,
+    )  # fmt: skip
+
+
+def build_optimizer(config):
+    o = config.optimizer
+    return make_optimizer(
+        o.name, learning_rate=o.learning_rate, warmup_steps=o.warmup_steps, beta_1=o.beta_1, beta_2=o.beta_2,
+        epsilon=o.epsilon,
+    )  # fmt: skip
+
+
+def build_model(config, strategy):
+    """The trainer, compiled, with all variables made under `strategy`."""
+    replicas = strategy.num_replicas_in_sync
+    if config.data.batch_size % replicas:
+        below = config.data.batch_size // replicas * replicas
+        nearest = [str(b) for b in (below, below + replicas) if b]
+        raise InputError(
+            f"data.batch_size={config.data.batch_size} is not divisible by the {replicas} replicas; use "
+            f"{' or '.join(nearest)}."
+        )
+    t = config.train
+    with strategy.scope():
+        model = DiffusionModel(
+            build_network(config), build_diffusion(config), seed=config.seed, loss=t.loss, ema_decay=t.ema_decay,
+            grad_clip=t.grad_clip, grad_clip_mode=t.grad_clip_mode,
+        )  # fmt: skip
+        jit = t.jit_compile == "on" or (t.jit_compile == "auto" and bool(tf.config.list_physical_devices("GPU")))
+        model.compile(build_optimizer(config), jit_compile=jit, steps_per_execution=t.steps_per_execution)
+    return model
+
+
+def build_sampler(config, diffusion):
+    s = config.sample
+    return make_sampler(s.sampler, diffusion, num_steps=s.num_steps or None, spacing=s.spacing, eta=s.eta)
+
+
+def parameter_table(network):
+    """Every weight's name, shape and size, and the total, as text."""
+    rows = [(v.path, str(tuple(v.shape)), f"{math.prod(v.shape):,}") for v in network.variables]
+    rows.append(("total", "", f"{network.count_params():,}"))
+    widths = [max(len(row[k]) for row in rows) for k in range(3)]
+    return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows)

@@ -1,0 +1,175 @@
+"""Every configuration field: its default, meaning and unit, and whether it may change when a run goes on."""
+
+import difflib
+import json
+from typing import Any, NamedTuple
+
+import ml_collections
+
+from ddpm_tf.errors import InputError
+
+
+class Field(NamedTuple):
+    """One field. `free`: may differ from the workdir's when training goes on; a fixed one makes another run."""
+
+    path: str
+    default: Any
+    free: bool
+    doc: str
+
+
+_FREE, _FIXED = True, False
+
+FIELDS = (
+    Field("seed", 0, _FIXED, "Seed of the initial weights, data order, timesteps, noise and dropout."),
+    Field("data.source", "digits", _FIXED, "digits, folder:PATH, npz:PATH or tfds:NAME."),
+    Field("data.split", "train", _FIXED, "Split of a TFDS data set."),
+    Field("data.data_dir", "", _FREE, "Where TFDS data sets are prepared; empty: TFDS' own default."),
+    Field("data.image_size", 32, _FIXED, "Height of the images, pixels."),
+    Field("data.image_width", 0, _FIXED, "Width of the images, pixels; 0: as the height."),
+    Field("data.channels", 3, _FIXED, "Channels of the images: 1 or 3."),
+    Field("data.batch_size", 128, _FIXED, "Global batch size, images; divisible by the number of replicas."),
+    Field("data.random_flip", False, _FIXED, "Mirror each image with probability 1/2."),
+    Field("data.in_memory_mb", 4096, _FREE, "Data up to this size are decoded at the start and kept, MiB."),
+    Field("diffusion.schedule", "linear", _FIXED, "Beta schedule, a name of make_betas."),
+    Field("diffusion.num_timesteps", 1000, _FIXED, "T, the number of timesteps."),
+    Field("diffusion.beta_start", 1e-4, _FIXED, "First beta."),
+    Field("diffusion.beta_end", 0.02, _FIXED, "Last beta."),
+    Field("diffusion.prediction", "eps", _FIXED, "What the network predicts: eps, x_0, v or x_prev."),
+    Field("diffusion.variance", "fixed_large", _FIXED, "Of p: fixed_large (beta) or fixed_small (posterior)."),
+    Field("network.name", "unet", _FIXED, "The network: unet (Ho et al. 2020)."),
+    Field("network.ch", 128, _FIXED, "Channels of the first level, a multiple of 32."),
+    Field("network.ch_mult", (1, 2, 2, 2), _FIXED, "Factor of network.ch per level."),
+    Field("network.num_res_blocks", 2, _FIXED, "Residual blocks per level."),
+    Field("network.attn_resolutions", (16,), _FIXED, "Heights at which there is self-attention."),
+    Field("network.dropout", 0.0, _FIXED, "Dropout rate, 0 <= rate < 1."),
+    Field("network.resamp_with_conv", True, _FIXED, "Resample with a convolution."),
+    Field("train.num_steps", 800_000, _FREE, "Training ends after this many steps."),
+    Field("train.log_every", 100, _FREE, "Interval of metrics.jsonl rows, steps; 0: never."),
+    Field("train.checkpoint_every", 5000, _FREE, "Interval of checkpoints, steps; 0: only at the end."),
+    Field("train.keep_checkpoints", 3, _FREE, "How many of the newest checkpoints are kept."),
+    Field("train.sample_every", 5000, _FREE, "Interval of sample grids, steps; 0: only at the end."),
+    Field("train.loss", "simple", _FIXED, "Training loss: simple (Eq. 14)."),
+    Field("train.ema_decay", 0.9999, _FIXED, "Decay of the moving average of the weights, per step."),
+    Field("train.grad_clip", 1.0, _FIXED, "Largest global norm of the gradient; 0: no clipping."),
+    Field("train.grad_clip_mode", "global", _FIXED, "global, or per_replica (the original's rule)."),
+    Field("train.jit_compile", "auto", _FIXED, "XLA for loss and gradient: on, off, or auto (on with a GPU)."),
+    Field("train.steps_per_execution", 1, _FREE, "Steps per call of the compiled function; divides the intervals."),
+    Field("optimizer.name", "adam", _FIXED, "The optimizer: adam."),
+    Field("optimizer.learning_rate", 2e-4, _FREE, "Learning rate after warm-up."),
+    Field("optimizer.warmup_steps", 5000, _FREE, "Steps of linear warm-up from 0; 0: none."),
+    Field("optimizer.beta_1", 0.9, _FIXED, "Adam's decay of the first moment."),
+    Field("optimizer.beta_2", 0.999, _FIXED, "Adam's decay of the second moment."),
+    Field("optimizer.epsilon", 1e-8, _FIXED, "Adam's epsilon."),
+    Field("sample.sampler", "ddpm", _FREE, "ddpm (ancestral) or ddim."),
+    Field("sample.num_steps", 0, _FREE, "Sampling steps S, 1..T; 0: T."),
+    Field("sample.spacing", "uniform", _FREE, "Visited timesteps: uniform, quad, linspace or trailing."),
+    Field("sample.eta", 0.0, _FREE, "DDIM's noise, 0..1."),
+    Field("sample.clip", True, _FREE, "Clip the predicted x_0 to [-1, 1] (DDIM's published figures: off)."),
+    Field("sample.num_images", 64, _FREE, "Images in the grids drawn while training."),
+    Field("sample.batch_size", 64, _FREE, "Images sampled at once."),
+    Field("sample.seed", 0, _FREE, "Seed of the first image; image k has seed + k."),
+)  # fmt: skip
+
+_POSITIVE = (
+    "data.image_size", "data.batch_size", "diffusion.num_timesteps", "network.ch", "network.num_res_blocks",
+    "train.num_steps", "train.keep_checkpoints", "train.steps_per_execution", "sample.num_images", "sample.batch_size",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "data.image_width", "train.log_every", "train.checkpoint_every", "train.sample_every", "sample.num_steps",
+    "data.in_memory_mb",
+)  # fmt: skip
+_INTERVALS = ("train.log_every", "train.checkpoint_every", "train.sample_every")
+
+
+def default():
+    """A ConfigDict with every field at its default; a config file changes some of them."""
+    config = ml_collections.ConfigDict()
+    for field in FIELDS:
+        section, _, name = field.path.rpartition(".")
+        if section and section not in config:
+            config[section] = ml_collections.ConfigDict()
+        (config[section] if section else config)[name] = field.default
+    return config.lock()
+
+
+def get(config, path):
+    """The value at a dotted path."""
+    for name in path.split("."):
+        config = config[name]
+    return config
+
+
+def validate(config):
+    """Raise InputError for values that no run can have; names are checked where they are used."""
+    problems = [f"{p} must be at least 1, found {get(config, p)}" for p in _POSITIVE if get(config, p) < 1]
+    problems += [f"{p} must be at least 0, found {get(config, p)}" for p in _NOT_NEGATIVE if get(config, p) < 0]
+    if config.data.channels not in (1, 3):
+        problems.append(f"data.channels must be 1 or 3, found {config.data.channels}")
+    if config.train.jit_compile not in ("auto", "on", "off"):
+        problems.append(f"train.jit_compile must be auto, on or off, found {config.train.jit_compile!r}")
+    steps = config.train.steps_per_execution
+    problems += [
+        f"{p}={get(config, p)} must be a multiple of train.steps_per_execution={steps}"
+        for p in (*_INTERVALS, "train.num_steps")
+        if steps > 0 and get(config, p) % steps
+    ]
+    if problems:
+        raise InputError("The config has values that cannot be used:\n  " + "\n  ".join(problems))
+
+
+def to_json(config):
+    """The config as JSON text."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text, origin):
+    """A locked ConfigDict from JSON text; `origin` names the file in errors.
+
+    Raises:
+        InputError: text that is no config of this version.
+    """
+    config = default()
+    try:
+        values = dict(_flatten(json.loads(text)))
+    except (json.JSONDecodeError, AttributeError) as e:
+        raise InputError(f"{origin} is not a config written by this program: {e}") from e
+    known = {field.path: field for field in FIELDS}
+    unknown, missing = sorted(values.keys() - known.keys()), sorted(known.keys() - values.keys())
+    if unknown or missing:
+        raise InputError(
+            f"{origin} was written by another version: fields unknown here {unknown}, fields missing there {missing}."
+        )
+    for path, value in values.items():
+        section, _, name = path.rpartition(".")
+        value = tuple(value) if isinstance(value, list) else value
+        try:
+            (config[section] if section else config)[name] = value
+        except (TypeError, ValueError) as e:
+            raise InputError(f"{origin}: {path} cannot be {value!r}: {e}") from e
+    return config
+
+
+def _flatten(values, prefix=""):
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def differences(old, new):
+    """[(field, old value, new value)] of two configs."""
+    pairs = ((field, get(old, field.path), get(new, field.path)) for field in FIELDS)
+    return [(field, a, b) for field, a, b in pairs if a != b]
+
+
+def suggest(path):
+    """The field most like a mistyped path, or None."""
+    close = difflib.get_close_matches(path, [field.path for field in FIELDS], n=1)
+    return close[0] if close else None
+
+
+def describe():
+    """Every field with its default, for --help."""
+    return "\n".join(f"  --config.{f.path}={f.default}\n      {f.doc}" for f in FIELDS)

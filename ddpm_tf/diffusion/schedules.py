@@ -1,0 +1,252 @@
+"""Noise schedules: the betas by name, the tables derived from them, and shorter chains (float64 numpy)."""
+
+import dataclasses
+import functools
+
+import numpy as np
+from absl import logging
+
+from ddpm_tf.errors import InputError, unknown_name
+
+# Above this much signal left at the last timestep, x_T ~ N(0, I) is no longer a fair start.
+_MAX_FINAL_ALPHAS_CUMPROD = 1e-3
+_MAX_BETA = 0.999
+
+
+def _linear(T, beta_start, beta_end):
+    return np.linspace(beta_start, beta_end, T)
+
+
+def _linear_scaled(T, beta_start, beta_end):
+    # The endpoints are meant for T = 1000; scaling keeps alphas_cumprod[-1] nearly independent of T.
+    return np.linspace(beta_start * 1000 / T, beta_end * 1000 / T, T)
+
+
+def _quad(T, beta_start, beta_end):
+    return np.linspace(beta_start**0.5, beta_end**0.5, T) ** 2
+
+
+def _warmup(fraction, T, beta_start, beta_end):
+    betas = np.full(T, beta_end, np.float64)
+    warmup = int(T * fraction)
+    betas[:warmup] = np.linspace(beta_start, beta_end, warmup)
+    return betas
+
+
+def _const(T, beta_start, beta_end):
+    return np.full(T, beta_end, np.float64)
+
+
+def _jsd(T, beta_start, beta_end):
+    # 1/T, 1/(T-1), ..., 1: the endpoints are not used, and the last step removes all signal.
+    return 1.0 / np.arange(T, 0, -1, dtype=np.float64)
+
+
+def _from_alphas_cumprod(alphas_cumprod):
+    """[T+1] values of abar at 0, 1/T, ..., 1 -> betas [T], capped."""
+    return np.minimum(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], _MAX_BETA)
+
+
+def _cosine(T, s=0.008):
+    u = np.arange(T + 1) / T
+    return _from_alphas_cumprod(np.cos((u + s) / (1 + s) * np.pi / 2) ** 2)
+
+
+def _sigmoid(T, start=-3.0, end=3.0, tau=1.0):
+    u = np.arange(T + 1) / T
+    sigmoid = 1 / (1 + np.exp(-(u * (end - start) + start) / tau))
+    return _from_alphas_cumprod((sigmoid[-1] - sigmoid) / (sigmoid[-1] - sigmoid[0]))
+
+
+# name -> (function, whether it takes beta_start and beta_end)
+BETA_SCHEDULES = {
+    "linear": (_linear, True),
+    "linear_scaled": (_linear_scaled, True),
+    "quad": (_quad, True),
+    "warmup10": (functools.partial(_warmup, 0.1), True),
+    "warmup50": (functools.partial(_warmup, 0.5), True),
+    "const": (_const, True),
+    "jsd": (_jsd, True),
+    "cosine": (_cosine, False),
+    "sigmoid": (_sigmoid, False),
+}
+
+
+def make_betas(name, num_timesteps, *, beta_start=1e-4, beta_end=0.02):
+    """The variances beta_t of the forward process (Eq. 2), by schedule name.
+
+    Args:
+        name: linear, quad, warmup10, warmup50, const, jsd (the original's six); linear_scaled (endpoints
+            times 1000/T); cosine (improved DDPM Eq. 17, s = 0.008) and sigmoid (start -3, end 3, tau 1),
+            both capped at 0.999.
+        num_timesteps: T >= 1.
+        beta_start, beta_end: the endpoints; not used by jsd, cosine and sigmoid.
+
+    Returns:
+        float64 [T].
+
+    Raises:
+        InputError: unknown name, T < 1, or endpoints that give a beta outside (0, 1].
+    """
+    if name not in BETA_SCHEDULES:
+        raise unknown_name("beta schedule", name, BETA_SCHEDULES)
+    if num_timesteps < 1:
+        raise InputError(f"num_timesteps must be at least 1, found {num_timesteps}.")
+    function, takes_endpoints = BETA_SCHEDULES[name]
+    args = (beta_start, beta_end) if takes_endpoints else ()
+    return _checked_betas(function(num_timesteps, *args))
+
+
+def _checked_betas(betas):
+    betas = np.array(betas, np.float64)
+    if betas.ndim != 1 or betas.size == 0:
+        raise InputError(f"betas must be one-dimensional and not empty, found shape {betas.shape}.")
+    bad = np.flatnonzero(~((betas > 0) & (betas <= 1)))
+    if bad.size:
+        raise InputError(
+            f"Every beta must satisfy 0 < beta <= 1; found betas[{bad[0]}] = {betas[bad[0]]}. "
+            "Check beta_start, beta_end and num_timesteps."
+        )
+    return betas
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Schedule:
+    """The tables of a diffusion chain, float64 [T] and write-locked. Index t = 0 is the paper's t = 1.
+
+    Args:
+        betas: [T], 0 < beta <= 1 (Eq. 2).
+        timesteps: int [T], where each entry sits in the trained chain; None: 0 .. T-1.
+        trained: the Schedule that the network was trained on; None: this one.
+
+    Raises:
+        InputError: betas of another shape or range.
+    """
+
+    betas: np.ndarray
+    timesteps: np.ndarray | None = None
+    trained: "Schedule | None" = None
+
+    def __post_init__(self):
+        betas = _checked_betas(self.betas)
+        alphas = 1.0 - betas
+        alphas_cumprod = np.cumprod(alphas)
+        alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
+        with np.errstate(divide="ignore"):  # jsd ends at alphas_cumprod = 0
+            tables = {
+                "betas": betas,
+                "alphas": alphas,
+                "alphas_cumprod": alphas_cumprod,
+                "alphas_cumprod_prev": alphas_cumprod_prev,
+                # q(x_t | x_0), Eq. 4
+                "sqrt_alphas_cumprod": np.sqrt(alphas_cumprod),
+                "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - alphas_cumprod),
+                "log_one_minus_alphas_cumprod": np.log(1.0 - alphas_cumprod),
+                "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / alphas_cumprod),
+                "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / alphas_cumprod - 1.0),
+                # q(x_{t-1} | x_t, x_0), Eqs. 6 and 7
+                "posterior_variance": betas * (1.0 - alphas_cumprod_prev) / (1.0 - alphas_cumprod),
+                "posterior_mean_coef1": betas * np.sqrt(alphas_cumprod_prev) / (1.0 - alphas_cumprod),
+                "posterior_mean_coef2": (1.0 - alphas_cumprod_prev) * np.sqrt(alphas) / (1.0 - alphas_cumprod),
+            }
+        tables["posterior_log_variance_clipped"] = np.log(_first_from_second(tables["posterior_variance"], betas))
+        tables["timesteps"] = np.arange(betas.size) if self.timesteps is None else np.array(self.timesteps)
+        for name, table in tables.items():
+            table.setflags(write=False)
+            object.__setattr__(self, name, table)
+        object.__setattr__(self, "trained", self.trained or self)
+        if self.trained is self and alphas_cumprod[-1] > _MAX_FINAL_ALPHAS_CUMPROD:
+            logging.warning(
+                "The chain ends at alphas_cumprod = %.3g (above %g): x_T is not N(0, I), so samples start from "
+                "noise the network never saw. Use more timesteps or larger betas.",
+                alphas_cumprod[-1],
+                _MAX_FINAL_ALPHAS_CUMPROD,
+            )
+
+    @property
+    def num_timesteps(self):
+        """T, the number of steps of this chain."""
+        return self.betas.size
+
+    def respace(self, kept):
+        """The chain that visits only the timesteps `kept` (improved DDPM section 4).
+
+        Args:
+            kept: ascending, distinct indices into this chain.
+
+        Returns:
+            a Schedule whose alphas_cumprod are this one's at `kept`, and whose `timesteps` say which
+            timesteps of the trained chain the network has to be asked for.
+
+        Raises:
+            InputError: indices that are empty, out of range, repeated or not ascending.
+        """
+        kept = np.asarray(kept)
+        inside = kept.ndim == 1 and kept.size > 0 and kept.min() >= 0 and kept.max() < self.num_timesteps
+        if not inside or np.any(np.diff(kept) <= 0):
+            raise InputError(
+                f"The kept timesteps must ascend without repeats within 0..{self.num_timesteps - 1}, found {kept}."
+            )
+        if kept.size == self.num_timesteps:
+            return self
+        alphas_cumprod = self.alphas_cumprod[kept]
+        betas = 1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
+        return Schedule(betas, timesteps=self.timesteps[kept], trained=self.trained)
+
+
+def _first_from_second(posterior_variance, betas):
+    """posterior_variance[0] is 0, whose logarithm is not finite: the second entry stands in for it.
+
+    A one-step chain has no second entry; its log-variance is log(beta_0), never used in sampling.
+    """
+    first = posterior_variance[1] if betas.size > 1 else betas[0]
+    return np.append(first, posterior_variance[1:])
+
+
+def _uniform(T, S):
+    return np.arange(0, T, T // S) if T % S == 0 else np.arange(S) * T // S
+
+
+def _quad_spacing(T, S):
+    # DDIM appendix D.2; the published form repeats small timesteps, and a repeated step does nothing.
+    return np.unique((np.linspace(0, np.sqrt(T * 0.8), S) ** 2).astype(int))
+
+
+def _linspace(T, S):
+    return np.round(np.linspace(0, T - 1, S)).astype(int)
+
+
+def _trailing(T, S):
+    return (np.round(T - np.arange(S) * T / S).astype(int) - 1)[::-1]
+
+
+TIMESTEP_SPACINGS = {
+    "uniform": _uniform,
+    "quad": _quad_spacing,
+    "linspace": _linspace,
+    "trailing": _trailing,
+}
+
+
+def space_timesteps(num_timesteps, num_steps, spacing):
+    """Which timesteps a sampler of `num_steps` steps visits.
+
+    Args:
+        num_timesteps: T of the trained chain.
+        num_steps: S, 1 <= S <= T. S = 1 keeps T - 1 for every spacing.
+        spacing: uniform (DDIM's range(0, T, T // S)), quad (DDIM's choice for CIFAR-10, up to 0.8 T; repeats
+            are dropped, so fewer than S may be kept), linspace (both ends), trailing (ends at T - 1).
+
+    Returns:
+        int [S or fewer], ascending and distinct.
+
+    Raises:
+        InputError: unknown spacing, or S outside 1..T.
+    """
+    if spacing not in TIMESTEP_SPACINGS:
+        raise unknown_name("timestep spacing", spacing, TIMESTEP_SPACINGS)
+    if not 1 <= num_steps <= num_timesteps:
+        raise InputError(f"num_steps must be within 1..{num_timesteps} (the trained chain), found {num_steps}.")
+    if num_steps == 1:
+        return np.array([num_timesteps - 1])
+    return TIMESTEP_SPACINGS[spacing](num_timesteps, num_steps)

@@ -1,0 +1,175 @@
+"""The parts of the U-Net of Ho et al. 2020, to the digit of the authors' code."""
+
+import math
+import zlib
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import ops
+
+from ddpm_tf import rng
+
+GROUPS = 32
+# Original: an init scale of 0 means 1e-10; Keras refuses 0.
+ZERO_SCALE = 1e-10
+
+
+def timestep_embedding(t, width):
+    """Sinusoids of t: [sin(t f_k) | cos(t f_k)], f_k = 10000^(-k / (width/2 - 1)).
+
+    Args:
+        t: int32 [B].
+        width: number of columns; an odd width gets a last column of zeros.
+
+    Returns:
+        float32 [B, width].
+    """
+    half = width // 2
+    # Original: the frequencies are a float32 exp; computed in float64 they differ by 2e-4 at t = 1000.
+    exponents = np.arange(half, dtype=np.float32) * np.float32(-math.log(10000) / (half - 1))
+    angles = ops.cast(t, "float32")[:, None] * ops.exp(ops.convert_to_tensor(exponents))[None]  # [B, half]
+    embedding = ops.concatenate([ops.sin(angles), ops.cos(angles)], axis=1)
+    return ops.pad(embedding, [[0, 0], [0, width % 2]])
+
+
+def initializer(seed, name, scale=1.0):
+    """Variance scaling, fan_avg, uniform, drawn from (seed, name): the same weights on every machine."""
+    return keras.initializers.VarianceScaling(
+        scale=scale, mode="fan_avg", distribution="uniform", seed=zlib.crc32(name.encode()) ^ seed
+    )
+
+
+def swish(x):
+    return x * ops.sigmoid(x)
+
+
+class Block(keras.layers.Layer):
+    """A layer whose sublayers are made with names and seeds of their own.
+
+    Args:
+        seed: seed of the initial weights.
+        name: unique in the network; sublayer `conv1` of block `down_0.block_0` is drawn from
+            (seed, "down_0.block_0/conv1").
+        dtype: Keras dtype or policy.
+    """
+
+    def __init__(self, *, seed, name, dtype):
+        super().__init__(name=name, dtype=dtype)
+        self.seed = seed
+
+    def _init(self, sublayer, scale=1.0):
+        return initializer(self.seed, f"{self.name}/{sublayer}", scale)
+
+    def conv(self, name, ch, *, stride=1, scale=1.0):
+        return keras.layers.Conv2D(
+            ch, 3, strides=stride, padding="same", name=name, dtype=self.dtype_policy,
+            kernel_initializer=self._init(name, scale),
+        )  # fmt: skip
+
+    def dense(self, name, ch, *, scale=1.0):
+        return keras.layers.Dense(ch, name=name, dtype=self.dtype_policy, kernel_initializer=self._init(name, scale))
+
+    def norm(self, name):
+        return keras.layers.GroupNormalization(GROUPS, epsilon=1e-6, name=name, dtype=self.dtype_policy)
+
+
+class TimeEmbedding(Block):
+    """temb = dense1(swish(dense0(sinusoids of t))), [B, 4 ch]; with classes, a label's vector is added."""
+
+    def __init__(self, ch, *, num_classes=None, seed, dtype, name="temb"):
+        super().__init__(seed=seed, name=name, dtype=dtype)
+        self.ch = ch
+        self.dense0 = self.dense("dense0", 4 * ch)
+        self.dense1 = self.dense("dense1", 4 * ch)
+        self.labels = None
+        if num_classes is not None:
+            self.labels = keras.layers.Embedding(
+                num_classes, 4 * ch, name="labels", dtype=dtype, embeddings_initializer=self._init("labels")
+            )
+
+    def call(self, t, labels=None):
+        temb = self.dense1(swish(self.dense0(timestep_embedding(t, self.ch))))  # [B, 4 ch]
+        return temb if self.labels is None else temb + self.labels(labels)
+
+
+class ResBlock(Block):
+    """norm1, swish, conv1, + temb, norm2, swish, dropout, conv2 (zero init), + shortcut.
+
+    Args:
+        in_ch, ch: channels of input and output; a 1x1 shortcut is made when they differ.
+        dropout: rate; the mask is drawn statelessly from `dropout_seed` and `index`.
+        index: position of this block in the network, so that no two masks are the same.
+    """
+
+    def __init__(self, in_ch, ch, *, dropout, index, seed, name, dtype):
+        super().__init__(seed=seed, name=name, dtype=dtype)
+        self.ch, self.dropout, self.index = ch, dropout, index
+        self.norm1, self.conv1 = self.norm("norm1"), self.conv("conv1", ch)
+        self.temb_proj = self.dense("temb_proj", ch)
+        self.norm2, self.conv2 = self.norm("norm2"), self.conv("conv2", ch, scale=ZERO_SCALE)
+        self.nin_shortcut = self.dense("nin_shortcut", ch) if in_ch != ch else None
+
+    def call(self, x, temb, dropout_seed=None):
+        h = self.conv1(swish(self.norm1(x)))
+        h = h + self.temb_proj(swish(temb))[:, None, None, :]
+        h = swish(self.norm2(h))
+        if dropout_seed is not None and self.dropout:
+            h = stateless_dropout(h, self.dropout, dropout_seed, self.index)
+        h = self.conv2(h)
+        shortcut = x if self.nin_shortcut is None else self.nin_shortcut(x)
+        return shortcut + h  # [B, H, W, ch]
+
+
+class AttnBlock(Block):
+    """Self-attention over the H W positions, one head, with a residual connection (proj_out: zero init)."""
+
+    def __init__(self, ch, *, seed, name, dtype):
+        super().__init__(seed=seed, name=name, dtype=dtype)
+        self.ch = ch
+        self.norm_in = self.norm("norm")
+        self.q, self.k, self.v = (self.dense(n, ch) for n in "qkv")
+        self.proj_out = self.dense("proj_out", ch, scale=ZERO_SCALE)
+
+    def call(self, x):
+        h = self.norm_in(x)
+        _, height, width, ch = x.shape
+        q, k, v = (ops.reshape(f(h), (-1, height * width, ch)) for f in (self.q, self.k, self.v))
+        scores = ops.cast(ops.einsum("bqc,bkc->bqk", q, k), "float32") * (ch**-0.5)
+        weights = ops.cast(ops.softmax(scores, axis=-1), v.dtype)
+        h = ops.reshape(ops.einsum("bqk,bkc->bqc", weights, v), (-1, height, width, ch))
+        return x + self.proj_out(h)
+
+
+class Downsample(Block):
+    """Half the height and width: 3x3 convolution of stride 2 (SAME pads bottom and right), or 2x2 average."""
+
+    def __init__(self, ch, *, with_conv, seed, name, dtype):
+        super().__init__(seed=seed, name=name, dtype=dtype)
+        self.op = self.conv("conv", ch, stride=2) if with_conv else keras.layers.AveragePooling2D(2, dtype=dtype)
+
+    def call(self, x):
+        return self.op(x)
+
+
+class Upsample(Block):
+    """Twice the height and width: nearest neighbour, then a 3x3 convolution unless `with_conv` is False."""
+
+    def __init__(self, ch, *, with_conv, seed, name, dtype):
+        super().__init__(seed=seed, name=name, dtype=dtype)
+        self.op = self.conv("conv", ch) if with_conv else None
+
+    def call(self, x):
+        x = ops.repeat(ops.repeat(x, 2, axis=1), 2, axis=2)
+        return x if self.op is None else self.op(x)
+
+
+def stateless_dropout(x, rate, dropout_seed, index):
+    """Inverted dropout whose mask is a function of the example's seed and the layer's index.
+
+    Args:
+        x: [B, H, W, C]. rate: probability of a zero. dropout_seed: int32 [B, 2]. index: Python int.
+    """
+    words = tf.bitcast(dropout_seed, tf.int64)  # [B]
+    dropped = rng.bernoulli(words, rate, tuple(x.shape[1:]), purpose=rng.Purpose.DROPOUT + index)
+    return tf.where(dropped, tf.zeros((), x.dtype), x * tf.cast(1.0 / (1.0 - rate), x.dtype))

@@ -1,0 +1,193 @@
+"""The U-Net of Ho et al. 2020 (appendix B): 35.7 M parameters for CIFAR-10, 114 M for 256x256."""
+
+import keras
+import tensorflow as tf
+
+from ddpm_tf.errors import InputError
+from ddpm_tf.networks.layers import (
+    GROUPS,
+    ZERO_SCALE,
+    AttnBlock,
+    Downsample,
+    ResBlock,
+    TimeEmbedding,
+    Upsample,
+    initializer,
+    swish,
+)
+
+
+@keras.saving.register_keras_serializable(package="ddpm_tf")
+class UNet(keras.Model):
+    """A U-Net with residual blocks, self-attention and a timestep embedding; its output is 0 at the start.
+
+    Args:
+        image_shape: (H, W, C); C >= 1, H and W divisible by 2^(levels - 1), not necessarily equal.
+        out_channels: channels of the output; None: C.
+        ch: channels of the first level, a multiple of 32 (the normalisation groups).
+        ch_mult: factor of `ch` per level.
+        num_res_blocks: residual blocks per level on the way down (one more on the way up).
+        attn_resolutions: heights at which every residual block is followed by self-attention.
+        dropout: rate inside the residual blocks.
+        resamp_with_conv: resample with a convolution (else average pooling and nearest neighbour alone).
+        num_classes: number of labels for a class-conditional network; None: unconditional.
+        seed: of the initial weights.
+        dtype: a Keras dtype or policy; normalisation statistics and softmax stay float32.
+
+    Calling it: network({"x_t": [B, H, W, C], "t": int32 [B], ("labels": int32 [B])}, training=False,
+    dropout_seed=None) -> float32 [B, H, W, out_channels]. `dropout_seed` is int32 [B, 2], one per example,
+    needed only when training with dropout > 0.
+
+    Raises:
+        InputError: sizes that the levels do not divide, channels that 32 groups do not divide, attention at
+            a height that no level has, a dropout rate outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        image_shape,
+        *,
+        out_channels=None,
+        ch=128,
+        ch_mult=(1, 2, 2, 2),
+        num_res_blocks=2,
+        attn_resolutions=(16,),
+        dropout=0.0,
+        resamp_with_conv=True,
+        num_classes=None,
+        seed=0,
+        dtype=None,
+        name="model",
+        trainable=True,
+    ):
+        super().__init__(name=name, dtype=dtype, trainable=trainable)
+        self.image_shape = tuple(image_shape)
+        self.out_channels = out_channels or self.image_shape[-1]
+        self.ch, self.ch_mult, self.num_res_blocks = ch, tuple(ch_mult), num_res_blocks
+        self.attn_resolutions, self.dropout = tuple(attn_resolutions), dropout
+        self.resamp_with_conv, self.num_classes, self.seed = resamp_with_conv, num_classes, seed
+        self._check()
+        self._make_layers()
+        # Variables are made by one symbolic call, so that their paths carry the names of all parents.
+        inputs = {
+            "x_t": keras.KerasTensor((None, *self.image_shape)),
+            "t": keras.KerasTensor((None,), "int32"),
+        }
+        if num_classes is not None:
+            inputs["labels"] = keras.KerasTensor((None,), "int32")
+        self(inputs)
+
+    def _check(self):
+        height, width, _ = self.image_shape
+        factor = 2 ** (len(self.ch_mult) - 1)
+        if height % factor or width % factor:
+            raise InputError(
+                f"An image of {height}x{width} cannot be halved {len(self.ch_mult) - 1} times: height and width "
+                f"must be multiples of {factor}. Change network.ch_mult (it has {len(self.ch_mult)} levels) or "
+                "data.image_size."
+            )
+        bad = [self.ch * m for m in self.ch_mult if self.ch * m % GROUPS] + [self.ch] * (self.ch % GROUPS > 0)
+        if bad:
+            raise InputError(
+                f"network.ch times network.ch_mult gives {bad[0]} channels, which {GROUPS} normalisation groups do "
+                f"not divide; use multiples of {GROUPS}."
+            )
+        heights = [height >> level for level in range(len(self.ch_mult))]
+        missing = [r for r in self.attn_resolutions if r not in heights]
+        if missing:
+            raise InputError(
+                f"network.attn_resolutions names height {missing[0]}, but the levels have heights {heights}."
+            )
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"network.dropout must be within [0, 1), found {self.dropout}.")
+
+    def _make_layers(self):
+        """One list of steps per path: ("res" | "attn" | "resample", layer), in the order of the original."""
+        common = {"seed": self.seed, "dtype": self.dtype_policy}
+        levels = len(self.ch_mult)
+        self._num_blocks = 0
+
+        def res(name, in_ch, ch):
+            self._num_blocks += 1
+            return ResBlock(in_ch, ch, dropout=self.dropout, index=self._num_blocks, name=name, **common)
+
+        def attn(name, ch):
+            return AttnBlock(ch, name=name, **common)
+
+        def has_attn(level):
+            return self.image_shape[0] >> level in self.attn_resolutions
+
+        self.temb = TimeEmbedding(self.ch, num_classes=self.num_classes, **common)
+        self.conv_in = self._conv("conv_in", self.ch)
+        self.down, self.up = [], []
+        h, skips = self.ch, [self.ch]
+        for i in range(levels):
+            ch = self.ch * self.ch_mult[i]
+            for j in range(self.num_res_blocks):
+                self.down.append(res(f"down_{i}.block_{j}", h, ch))
+                if has_attn(i):
+                    self.down.append(attn(f"down_{i}.attn_{j}", ch))
+                h = ch
+                skips.append(h)
+            if i < levels - 1:
+                self.down.append(Downsample(ch, with_conv=self.resamp_with_conv, name=f"down_{i}.downsample", **common))
+                skips.append(h)
+        self.mid = [res("mid.block_1", h, h), attn("mid.attn_1", h), res("mid.block_2", h, h)]
+        for i in reversed(range(levels)):
+            ch = self.ch * self.ch_mult[i]
+            for j in range(self.num_res_blocks + 1):
+                self.up.append(res(f"up_{i}.block_{j}", h + skips.pop(), ch))
+                if has_attn(i):
+                    self.up.append(attn(f"up_{i}.attn_{j}", ch))
+                h = ch
+            if i > 0:
+                self.up.append(Upsample(ch, with_conv=self.resamp_with_conv, name=f"up_{i}.upsample", **common))
+        assert not skips
+        self.norm_out = keras.layers.GroupNormalization(GROUPS, epsilon=1e-6, name="norm_out", dtype=self.dtype_policy)
+        self.conv_out = self._conv("conv_out", self.out_channels, ZERO_SCALE)
+
+    def _conv(self, name, ch, scale=1.0):
+        return keras.layers.Conv2D(
+            ch, 3, padding="same", name=name, dtype=self.dtype_policy,
+            kernel_initializer=initializer(self.seed, name, scale),
+        )  # fmt: skip
+
+    def call(self, inputs, training=False, dropout_seed=None):
+        if training and self.dropout and dropout_seed is None:
+            raise InputError("Training with dropout needs dropout_seed, int32 [B, 2].")
+        seed = dropout_seed if training else None
+        temb = self.temb(inputs["t"], inputs.get("labels"))  # [B, 4 ch]
+        h = self.conv_in(inputs["x_t"])
+
+        # A skip is kept after conv_in, after every residual block with its attention, and after downsampling.
+        skips = [h]
+        for layer, following in zip(self.down, [*self.down[1:], None], strict=True):
+            h = layer(h, temb, seed) if isinstance(layer, ResBlock) else layer(h)
+            if not isinstance(following, AttnBlock):
+                skips.append(h)
+        for layer in self.mid:
+            h = layer(h, temb, seed) if isinstance(layer, ResBlock) else layer(h)
+        for layer in self.up:
+            if isinstance(layer, ResBlock):
+                h = layer(keras.ops.concatenate([h, skips.pop()], axis=-1), temb, seed)
+            else:
+                h = layer(h)
+        assert not skips
+        return tf.cast(self.conv_out(swish(self.norm_out(h))), tf.float32)
+
+    def get_config(self):
+        return {
+            "image_shape": self.image_shape,
+            "out_channels": self.out_channels,
+            "ch": self.ch,
+            "ch_mult": self.ch_mult,
+            "num_res_blocks": self.num_res_blocks,
+            "attn_resolutions": self.attn_resolutions,
+            "dropout": self.dropout,
+            "resamp_with_conv": self.resamp_with_conv,
+            "num_classes": self.num_classes,
+            "seed": self.seed,
+            "dtype": keras.saving.serialize_keras_object(self.dtype_policy),
+            "name": self.name,
+            "trainable": self.trainable,
+        }

@@ -1,0 +1,116 @@
+"""Random numbers as a function of (seed, step, index, purpose); nothing random is ever stored.
+
+The bits are Philox4x32-10 (Salmon et al. 2011), the generator behind `tf.random`'s `alg="philox"`,
+written in ordinary integer ops with one key and one counter *per example*: a key is a 64-bit seed, a
+counter is (block, purpose, index, step). So a replica's draw is its slice of the global draw, an image is
+the same in any batch, and eager, graph, XLA and SavedModel give the same integers.
+`tf.random` is not used because its kernels take one key per call and because XLA and the ordinary kernels
+turn the same seed into different floats.
+"""
+
+import enum
+import math
+
+import numpy as np
+import tensorflow as tf
+
+
+class Purpose(enum.IntEnum):
+    """What a draw is for. Two purposes never share a counter; dropout layers count up from DROPOUT."""
+
+    TIMESTEP = 0
+    NOISE = 1
+    FLIP = 2
+    DROPOUT_SEED = 3
+    PRIOR = 4
+    STEP = 5
+    SHUFFLE = 6
+    DROPOUT = 1 << 16
+
+
+_ROUNDS = 10
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+
+
+def bits(seeds, n, *, purpose, index=0, step=0):
+    """Uniform 32-bit integers, n for each example.
+
+    Args:
+        seeds: int64 scalar or [B], the Philox key; any value, negative ones included.
+        n: how many integers per example (a Python int).
+        purpose: a `Purpose` or int below 2^32, the second counter word.
+        index: int scalar or [B], position of the example in the global batch; 0 <= index < 2^32.
+        step: int scalar or [B], training step or sampling index; 0 <= step < 2^32.
+
+    Returns:
+        uint32 [B, n].
+    """
+    u64 = tf.uint64
+    mask = tf.constant(_MASK, u64)
+
+    def column(value):  # -> [B or 1, 1], a 32-bit word in a uint64
+        return tf.reshape(tf.cast(value, u64), [-1, 1]) & mask
+
+    seeds = tf.cast(seeds, tf.int64) if tf.is_tensor(seeds) else tf.constant(seeds, tf.int64)
+    key = tf.reshape(tf.bitcast(seeds, u64), [-1, 1])
+    k0, k1 = key & mask, _shift_right(key, 32)
+    index, step = column(index), column(step)
+    batch = tf.zeros_like(key + index + step)  # [B, 1]: every word broadcast to the common batch
+    blocks = tf.range(-(-n // 4), dtype=tf.int64)
+    c0 = tf.cast(blocks[None], u64) + batch  # [B, blocks]
+    c1, c2, c3 = batch + tf.constant(int(purpose), u64), batch + index, batch + step
+    for i in range(_ROUNDS):
+        p0 = c0 * tf.constant(_MULTIPLIERS[0], u64)
+        p1 = c2 * tf.constant(_MULTIPLIERS[1], u64)
+        r0 = (k0 + tf.constant(i * _WEYL[0] & _MASK, u64)) & mask
+        r1 = (k1 + tf.constant(i * _WEYL[1] & _MASK, u64)) & mask
+        c0, c2 = _shift_right(p1, 32) ^ c1 ^ r0, _shift_right(p0, 32) ^ c3 ^ r1
+        c1, c3 = p1 & mask, p0 & mask
+    words = tf.stack([c0, c1, c2, c3], axis=-1)  # [B, blocks, 4]
+    words = tf.reshape(words, [-1, 4 * (-(-n // 4))])
+    return tf.cast(words[:, :n], tf.uint32)
+
+
+def normal(seeds, shape, *, purpose, index=0, step=0):
+    """Standard normals, float32 [B, *shape], by Box-Muller from `bits`; |value| < 5.9.
+
+    `shape` is the static shape of one example. The arguments are those of `bits`. The integers agree
+    everywhere; the floats to 5e-7 between devices and compilers (log, sin and cos differ in the last bit).
+    """
+    size = math.prod(shape)
+    pairs = -(-size // 2)
+    words = bits(seeds, 2 * pairs, purpose=purpose, index=index, step=step)
+    u = _open_uniform(words)
+    radius = tf.sqrt(-2.0 * tf.math.log(u[:, :pairs]))
+    angle = (2.0 * np.pi) * u[:, pairs:]
+    z = tf.concat([radius * tf.cos(angle), radius * tf.sin(angle)], axis=1)
+    return tf.reshape(z[:, :size], [-1, *shape])
+
+
+def integers(seeds, bound, *, purpose, index=0, step=0):
+    """Uniform int32 [B] in [0, bound), 1 <= bound < 2^31; the bias is below bound / 2^32."""
+    words = tf.cast(bits(seeds, 1, purpose=purpose, index=index, step=step)[:, 0], tf.uint64)
+    return tf.cast(_shift_right(words * tf.constant(bound, tf.uint64), 32), tf.int32)
+
+
+def bernoulli(seeds, probability, shape, *, purpose, index=0, step=0):
+    """Bool [B, *shape], True with `probability`, rounded to a multiple of 2^-16.
+
+    Each 32-bit word decides two elements: a mask has as many elements as an activation, and its cost shows.
+    """
+    size = math.prod(shape)
+    words = bits(seeds, -(-size // 2), purpose=purpose, index=index, step=step)
+    halves = tf.concat([words & tf.constant(0xFFFF, tf.uint32), _shift_right(words, 16)], axis=1)
+    threshold = tf.constant(round(probability * 65536), tf.uint32)
+    return tf.reshape(halves[:, :size] < threshold, [-1, *shape])
+
+
+def _open_uniform(words):
+    """uint32 -> float32 in (0, 1): 24 bits and a half, so that the logarithm is always finite."""
+    return (tf.cast(_shift_right(words, 8), tf.float32) + 0.5) * np.float32(2.0**-24)
+
+
+def _shift_right(words, places):
+    return tf.bitwise.right_shift(words, tf.constant(places, words.dtype))

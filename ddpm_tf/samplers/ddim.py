@@ -1,0 +1,43 @@
+"""DDIM, Song et al. 2021."""
+
+import numpy as np
+
+from ddpm_tf.diffusion.gaussian import extract
+from ddpm_tf.errors import InputError
+from ddpm_tf.samplers.base import Sampler, StepOutput
+
+
+class DDIMSampler(Sampler):
+    """x_prev = sqrt(abar_prev) x_0 + sqrt(1 - abar_prev - sigma^2) eps + sigma noise (DDIM Eq. 12).
+
+    sigma = eta sqrt((1 - abar_prev) / (1 - abar)) sqrt(1 - abar / abar_prev) (DDIM Eq. 16), which is
+    eta times the posterior's standard deviation: eta 1 over the whole chain is ancestral sampling with
+    variance fixed_small. eps is the one that belongs to the (clipped) x_0.
+
+    Args:
+        eta: 0 (deterministic) to 1.
+
+    Raises:
+        InputError: eta outside 0..1.
+    """
+
+    def __init__(self, diffusion, *, eta=0.0):
+        super().__init__(diffusion)
+        if not 0.0 <= eta <= 1.0:
+            raise InputError(f"eta must be within 0..1, found {eta}.")
+        self.eta = eta
+        self.needs_noise = eta > 0
+        schedule = diffusion.schedule
+        variance = eta**2 * schedule.posterior_variance
+        self._sigma = np.sqrt(variance)
+        # The difference is 0 at index 0 and could round below it.
+        self._eps_scale = np.sqrt(np.maximum(1.0 - schedule.alphas_cumprod_prev - variance, 0.0))
+        self._x_0_scale = np.sqrt(schedule.alphas_cumprod_prev)
+
+    def step(self, denoise_fn, x_t, i, noise, state):
+        p = self.diffusion.p_mean_variance(denoise_fn(x_t, i), x_t, i)
+        n = len(x_t.shape)
+        x = extract(self._x_0_scale, i, n) * p.x_0 + extract(self._eps_scale, i, n) * p.eps
+        if self.needs_noise:
+            x = x + extract(self._sigma, i, n) * noise
+        return StepOutput(x, p.x_0, state)

@@ -1,0 +1,155 @@
+"""What happens between steps: progress, metrics, checkpoints, sample grids."""
+
+import json
+import os
+import sys
+import time
+
+import keras
+import tensorflow as tf
+from absl import logging
+from tqdm import tqdm
+
+from ddpm_tf.training import checkpoints
+
+
+class StepCallback(keras.callbacks.Callback):
+    """A callback that counts completed steps of the whole run, `start_step` included."""
+
+    def __init__(self, start_step):
+        super().__init__()
+        self.start_step = start_step
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.on_step(self.start_step + batch + 1, logs)
+
+    def on_step(self, step, logs):
+        """step: completed steps; logs: of the last one."""
+        raise NotImplementedError
+
+
+def is_due(step, every):
+    return every > 0 and step % every == 0
+
+
+class Progress(StepCallback):
+    """A bar with loss, images/s and time left; plain lines where there is no terminal."""
+
+    def __init__(self, start_step, *, num_steps, batch_size, log_every):
+        super().__init__(start_step)
+        self.num_steps, self.batch_size, self.log_every = num_steps, batch_size, log_every
+
+    def on_train_begin(self, logs=None):
+        self.is_terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=self.num_steps * self.batch_size, initial=self.start_step * self.batch_size, unit=" images",
+            unit_scale=True, disable=not self.is_terminal, desc="training",
+        )  # fmt: skip
+        self.last_step, self.last_time = self.start_step, time.monotonic()
+
+    def on_step(self, step, logs):
+        self.bar.set_postfix(step=f"{step}/{self.num_steps}", loss=f"{logs['loss']:.4f}", refresh=False)
+        self.bar.update(step * self.batch_size - self.bar.n)
+        if not self.is_terminal and (is_due(step, self.log_every) or step == self.num_steps):
+            now = time.monotonic()
+            rate = (step - self.last_step) / max(now - self.last_time, 1e-9)
+            minutes, seconds = divmod(round((self.num_steps - step) / rate), 60)
+            logging.info(
+                "step %d/%d  loss %.4f  %.0f images/s  %d:%02d left",
+                step, self.num_steps, logs["loss"], rate * self.batch_size, minutes, seconds,
+            )  # fmt: skip
+            self.last_step, self.last_time = step, now
+
+    def on_train_end(self, logs=None):
+        self.bar.close()
+
+
+class Metrics(StepCallback):
+    """Rows in metrics.jsonl and TensorBoard scalars. A row depends on its step alone, `seconds` and `images_per_s`
+    excepted; rows after the step a run goes on from are cut off."""
+
+    def __init__(self, start_step, *, workdir, batch_size, log_every, summaries):
+        super().__init__(start_step)
+        self.path = os.path.join(workdir, "metrics.jsonl")
+        self.batch_size, self.log_every, self.summaries = batch_size, log_every, summaries
+
+    def on_train_begin(self, logs=None):
+        rows = []
+        if os.path.exists(self.path):
+            with open(self.path) as f:
+                rows = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= self.start_step]
+        with open(self.path + ".tmp", "w") as f:
+            f.writelines(rows)
+        os.replace(self.path + ".tmp", self.path)
+        self.file = open(self.path, "a")
+        self.last_step, self.last_time = self.start_step, time.monotonic()
+
+    def on_step(self, step, logs):
+        if not is_due(step, self.log_every):
+            return
+        now = time.monotonic()
+        rate = (step - self.last_step) * self.batch_size / max(now - self.last_time, 1e-9)
+        row = {
+            "step": step,
+            **logs,
+            "images_per_s": round(rate, 1),
+            "seconds": round(now - self.last_time, 3),
+        }
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        for name in logs:
+            self.summaries.scalar(name, logs[name], step)
+        self.summaries.scalar("images_per_s", rate, step)
+        self.last_step, self.last_time = step, now
+
+    def on_train_end(self, logs=None):
+        self.file.close()
+
+
+class Checkpoints(StepCallback):
+    """A checkpoint every `every` steps and at the end."""
+
+    def __init__(self, start_step, *, folder, every, num_steps, keep, meta):
+        super().__init__(start_step)
+        self.folder, self.every, self.num_steps, self.keep, self.meta = folder, every, num_steps, keep, meta
+
+    def on_step(self, step, logs):
+        if is_due(step, self.every) or step == self.num_steps:
+            tensors = {name: v.numpy() for name, v in checkpoints.variables_by_name(self.model).items()}
+            checkpoints.save(self.folder, step, tensors, self.meta, keep=self.keep)
+
+
+class SampleGrids(StepCallback):
+    """Calls sample_fn(step) every `every` steps and at the end."""
+
+    def __init__(self, start_step, *, every, num_steps, sample_fn):
+        super().__init__(start_step)
+        self.every, self.num_steps, self.sample_fn = every, num_steps, sample_fn
+
+    def on_step(self, step, logs):
+        if is_due(step, self.every) or step == self.num_steps:
+            self.sample_fn(step)
+
+
+class Summaries:
+    """TensorBoard events in a folder; where TensorBoard is not installed it says so once and writes nothing."""
+
+    def __init__(self, folder):
+        try:
+            import tensorboard  # noqa: F401
+        except ImportError:
+            logging.info("TensorBoard is not installed: no event files (pip install tensorboard).")
+            self._writer = None
+        else:
+            self._writer = tf.summary.create_file_writer(folder)
+
+    def scalar(self, name, value, step):
+        if self._writer:
+            with self._writer.as_default():
+                tf.summary.scalar(name, value, step=step)
+
+    def image(self, name, image, step):
+        """image: uint8 [H, W, C]."""
+        if self._writer:
+            with self._writer.as_default():
+                tf.summary.image(name, image[None], step=step)

@@ -1,0 +1,87 @@
+"""Checkpoints: immutable folders `step_%012d` that appear whole or not at all."""
+
+import json
+import os
+import re
+import shutil
+import uuid
+
+from ddpm_tf.bundles import read_bundle, write_bundle
+from ddpm_tf.errors import InputError
+
+_STEP = re.compile(r"step_(\d{12})$")
+_BUNDLE = "state"
+
+
+def variables_by_name(model):
+    """{name: variable} of everything a run needs to go on: network, EMA, and the optimizer with its step."""
+    groups = {
+        "network": model.network.variables,
+        "ema": model.ema_network.variables,
+        "optimizer": [v for v in model.optimizer.variables if v is not model.optimizer.iterations],
+    }
+    named = {f"{group}/{v.path}": v for group, variables in groups.items() for v in variables}
+    assert len(named) == sum(map(len, groups.values())), "two variables share a path"
+    return {**named, "step": model.optimizer.iterations}
+
+
+def list_steps(folder):
+    """The steps that have a checkpoint folder, ascending."""
+    if not os.path.isdir(folder):
+        return []
+    return sorted(int(m[1]) for m in map(_STEP.match, os.listdir(folder)) if m)
+
+
+def step_folder(folder, step):
+    return os.path.join(folder, f"step_{step:012d}")
+
+
+def save(folder, step, tensors, meta, *, keep):
+    """Write a checkpoint into `folder` and delete all but the newest `keep`.
+
+    Args:
+        folder: the workdir's `ckpt`.
+        step: completed steps.
+        tensors: {name: array}.
+        meta: what JSON can hold.
+        keep: at least 1.
+    """
+    temporary = os.path.join(folder, f".tmp-{step}-{uuid.uuid4().hex}")
+    os.makedirs(temporary)
+    write_bundle(os.path.join(temporary, _BUNDLE), tensors)
+    with open(os.path.join(temporary, "meta.json"), "w") as f:
+        json.dump(meta, f, indent=2)
+    os.replace(temporary, step_folder(folder, step))
+    for old in list_steps(folder)[:-keep]:
+        trash = os.path.join(folder, f".trash-{old}-{uuid.uuid4().hex}")
+        os.replace(step_folder(folder, old), trash)
+        shutil.rmtree(trash)
+
+
+def restore_latest(folder):
+    """(step, {name: array}) of the newest checkpoint, or None where there is none."""
+    steps = list_steps(folder)
+    if not steps:
+        return None
+    return steps[-1], read_bundle(os.path.join(step_folder(folder, steps[-1]), _BUNDLE))
+
+
+def assign(variables, tensors, origin):
+    """Give every variable its array; the names and shapes have to agree exactly.
+
+    Raises:
+        InputError: naming what is missing, left over or of another shape.
+    """
+    missing, extra = sorted(variables.keys() - tensors.keys()), sorted(tensors.keys() - variables.keys())
+    shapes = [
+        f"{name}: {tensors[name].shape} there, {tuple(v.shape)} here"
+        for name, v in variables.items()
+        if name in tensors and tensors[name].shape != tuple(v.shape)
+    ]
+    if missing or extra or shapes:
+        raise InputError(
+            f"{origin} does not fit this model:\n  missing there: {missing[:8]}\n  unknown here: {extra[:8]}\n"
+            f"  other shapes: {shapes[:8]}"
+        )
+    for name, variable in variables.items():
+        variable.assign(tensors[name])

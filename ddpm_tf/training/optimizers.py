@@ -1,0 +1,42 @@
+"""Optimizers with the original's learning-rate schedule."""
+
+import keras
+import tensorflow as tf
+
+from ddpm_tf.errors import InputError, unknown_name
+
+
+@keras.saving.register_keras_serializable(package="ddpm_tf")
+class LinearWarmup(keras.optimizers.schedules.LearningRateSchedule):
+    """learning_rate * min(step / warmup_steps, 1): 0 at step 0, as in the original."""
+
+    def __init__(self, learning_rate, warmup_steps):
+        self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
+
+    def __call__(self, step):
+        if not self.warmup_steps:
+            return tf.constant(self.learning_rate, tf.float32)
+        return self.learning_rate * tf.minimum(tf.cast(step, tf.float32) / self.warmup_steps, 1.0)
+
+    def get_config(self):
+        return {"learning_rate": self.learning_rate, "warmup_steps": self.warmup_steps}
+
+
+OPTIMIZERS = {"adam": keras.optimizers.Adam}
+
+
+def make_optimizer(name="adam", *, learning_rate=2e-4, warmup_steps=5000, beta_1=0.9, beta_2=0.999, epsilon=1e-8):
+    """A Keras optimizer with linear warm-up (appendix B: Adam, 2e-4, 5000 steps for CIFAR-10).
+
+    Raises:
+        InputError: unknown name, a learning rate that is not positive, negative warm-up.
+    """
+    if name not in OPTIMIZERS:
+        raise unknown_name("optimizer", name, OPTIMIZERS)
+    if learning_rate <= 0 or warmup_steps < 0:
+        raise InputError(
+            "optimizer.learning_rate must be positive and optimizer.warmup_steps at least 0, found "
+            f"{learning_rate} and {warmup_steps}."
+        )
+    schedule = LinearWarmup(learning_rate, warmup_steps)
+    return OPTIMIZERS[name](schedule, beta_1=beta_1, beta_2=beta_2, epsilon=epsilon)

@@ -1,0 +1,99 @@
+"""Two logical CPUs, small networks and chains, and the values of the original code."""
+
+import json
+import os
+import zlib
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from ddpm_tf.diffusion.process import GaussianDiffusion
+from ddpm_tf.diffusion.schedules import Schedule, make_betas
+from ddpm_tf.networks import UNet
+
+DATA = os.path.join(os.path.dirname(__file__), "data")
+REFERENCES = ("ho2020_a", "ho2020_b", "ho2020_f")
+LEAVES = {"kernel": "W", "bias": "b"}
+
+
+def pytest_configure():
+    cpus = tf.config.list_physical_devices("CPU")
+    tf.config.set_logical_device_configuration(cpus[0], [tf.config.LogicalDeviceConfiguration()] * 2)
+
+
+class Reference:
+    """Values of the original code: arrays by key, the chain, and networks with the weights they were computed with."""
+
+    def __init__(self, name):
+        with np.load(os.path.join(DATA, f"{name}.npz"), allow_pickle=False) as arrays:
+            self.arrays = {key: arrays[key] for key in arrays.files}
+        with open(os.path.join(DATA, f"{name}.json")) as f:
+            self.args = json.load(f)
+        self._outputs = {}
+
+    def __getitem__(self, key):
+        return self.arrays[key]
+
+    def diffusion(self, **kwargs):
+        a = self.args
+        betas = make_betas(a["schedule"], a["T"], beta_start=a["beta_start"], beta_end=a["beta_end"])
+        return GaussianDiffusion(Schedule(betas), **kwargs)
+
+    def network(self, out_channels=None, **kwargs):
+        a = self.args
+        network = UNet(
+            (a["S"], a["S"], a["C"]), ch=a["ch"], ch_mult=a["ch_mult"], num_res_blocks=a["nrb"],
+            attn_resolutions=a["attn"], out_channels=out_channels, **kwargs,
+        )  # fmt: skip
+        for v in network.variables:
+            v.assign(drawn_weight(tf1_name(v.path), v.shape, a["seed"]))
+        return network
+
+    def output(self, x_t="x_t", out_channels=None):
+        """The network's output on (x_t, t); x_t names an array: x_t, or q_sample, at which the losses are."""
+        if (x_t, out_channels) not in self._outputs:
+            network = self.network(out_channels)
+            self._outputs[x_t, out_channels] = network({"x_t": self[x_t], "t": self["t"]})
+        return self._outputs[x_t, out_channels]
+
+
+def tf1_name(path):
+    """The original's name of a variable."""
+    scope, _, leaf = path.replace(".", "/").rpartition("/")
+    return f"{scope}/{LEAVES.get(leaf, leaf)}"
+
+
+def drawn_weight(name, shape, seed):
+    """The weight that the reference values were computed with (reference/README.md)."""
+    r = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode()) + seed))
+    leaf = name.rsplit("/")[-1]
+    if leaf == "gamma":
+        return (1 + 0.1 * r.standard_normal(shape)).astype(np.float32)
+    if leaf in ("beta", "b"):
+        return (0.1 * r.standard_normal(shape)).astype(np.float32)
+    return (0.8 * r.standard_normal(shape) / np.sqrt(np.prod(shape[:-1]))).astype(np.float32)
+
+
+_references = {}
+
+
+@pytest.fixture(params=REFERENCES)
+def reference(request):
+    if request.param not in _references:
+        _references[request.param] = Reference(request.param)
+    return _references[request.param]
+
+
+@pytest.fixture(scope="session")
+def reference_f():
+    return Reference("ho2020_f")
+
+
+@pytest.fixture(scope="session")
+def small_network():
+    """A network of 8x8x1 images with drawn weights, so that its output is far from 0 and depends on everything."""
+    network = UNet((8, 8, 1), ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,))
+    for v in network.variables:
+        v.assign(drawn_weight(tf1_name(v.path), v.shape, 3))
+    return network

@@ -1,0 +1,130 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from ddpm_tf.diffusion import losses
+from ddpm_tf.diffusion.prediction import PREDICTIONS
+from ddpm_tf.diffusion.process import GaussianDiffusion
+from ddpm_tf.diffusion.schedules import Schedule, make_betas
+from ddpm_tf.errors import InputError
+
+ORIGINAL_NAMES = {"eps": "eps", "x_0": "xstart", "x_prev": "xprev"}
+FIXED = {"fixed_large": "fixedlarge", "fixed_small": "fixedsmall"}
+FLOAT32 = 2e-5
+
+
+def test_q_sample_and_posterior_match_the_original(reference):
+    diffusion, t = reference.diffusion(), reference["t"]
+    np.testing.assert_allclose(
+        diffusion.q_sample(reference["x0"], t, reference["eps"]), reference["q_sample"], atol=FLOAT32
+    )
+    mean, log_variance = diffusion.q_posterior(reference["x0"], reference["x_t"], t)
+    np.testing.assert_allclose(mean, reference["q_posterior_mean"], atol=FLOAT32)
+    np.testing.assert_allclose(log_variance, reference["q_posterior_log_variance"], atol=FLOAT32)
+    variance = diffusion.schedule.posterior_variance[t]
+    np.testing.assert_allclose(variance, reference["q_posterior_variance"].ravel(), atol=FLOAT32)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("variance", sorted(FIXED))
+@pytest.mark.parametrize("prediction", sorted(ORIGINAL_NAMES))
+def test_p_mean_variance_matches_the_original(reference, prediction, variance, clip):
+    diffusion = reference.diffusion(prediction=prediction, variance=variance)
+    p = diffusion.p_mean_variance(reference["unet_out"], reference["x_t"], reference["t"], clip=clip)
+    prefix = f"p_{ORIGINAL_NAMES[prediction]}_{FIXED[variance]}_clip{int(clip)}"
+    np.testing.assert_allclose(p.mean, reference[f"{prefix}_mean"], atol=FLOAT32)
+    np.testing.assert_allclose(p.x_0, reference[f"{prefix}_pred_xstart"], atol=FLOAT32)
+    log_variance = np.broadcast_to(p.log_variance, p.mean.shape)
+    np.testing.assert_allclose(log_variance, reference[f"{prefix}_log_variance"], atol=FLOAT32)
+    # At t = 0 the original's variance is the table's own, not exp(log_variance).
+    schedule = diffusion.schedule
+    table = {"fixed_large": schedule.betas, "fixed_small": schedule.posterior_variance}[variance]
+    np.testing.assert_allclose(table[reference["t"]], reference[f"{prefix}_variance"][:, 0, 0, 0], atol=FLOAT32)
+
+
+@pytest.mark.parametrize("variance", sorted(FIXED))
+@pytest.mark.parametrize("prediction", sorted(ORIGINAL_NAMES))
+def test_simple_loss_matches_the_original(reference, prediction, variance):
+    diffusion = reference.diffusion(prediction=prediction, variance=variance)
+    loss = losses.simple(
+        diffusion, reference.output("q_sample"), x_0=reference["x0"], x_t=reference["q_sample"], t=reference["t"],
+        eps=reference["eps"],
+    )  # fmt: skip
+    name = f"loss_{ORIGINAL_NAMES[prediction]}_{FIXED[variance]}_mse"
+    np.testing.assert_allclose(loss, reference[name], atol=FLOAT32, rtol=1e-5)
+
+
+def test_q_posterior_matches_bayes_rule():
+    """q(x_{t-1} | x_t, x_0) ~ q(x_t | x_{t-1}) q(x_{t-1} | x_0): precisions add, means are weighted by them."""
+    s = Schedule(make_betas("linear", 1000))
+    prior_mean_of_x_0, prior_variance = np.sqrt(s.alphas_cumprod_prev[1:]), 1 - s.alphas_cumprod_prev[1:]
+    precision = s.alphas[1:] / s.betas[1:] + 1 / prior_variance
+    np.testing.assert_allclose(s.posterior_variance[1:], 1 / precision, rtol=1e-9)
+    np.testing.assert_allclose(s.posterior_mean_coef1[1:], prior_mean_of_x_0 / prior_variance / precision, rtol=1e-9)
+    np.testing.assert_allclose(s.posterior_mean_coef2[1:], np.sqrt(s.alphas[1:]) / s.betas[1:] / precision, rtol=1e-9)
+
+
+def test_the_mean_of_eq_11_is_the_posterior_mean():
+    """(x_t - beta / sqrt(1 - abar) eps) / sqrt(alpha) = coef1 x_0(eps) + coef2 x_t, for all x_t and eps."""
+    s = Schedule(make_betas("linear", 1000))
+    of_x_t = s.posterior_mean_coef1 * s.sqrt_recip_alphas_cumprod + s.posterior_mean_coef2
+    of_eps = -s.posterior_mean_coef1 * s.sqrt_recipm1_alphas_cumprod
+    np.testing.assert_allclose(of_x_t, 1 / np.sqrt(s.alphas), rtol=1e-10)
+    np.testing.assert_allclose(of_eps, -s.betas / np.sqrt(1 - s.alphas_cumprod) / np.sqrt(s.alphas), rtol=1e-9)
+
+
+@pytest.mark.parametrize("steps", [1000, 50])
+@pytest.mark.parametrize("prediction", sorted(PREDICTIONS))
+def test_a_perfect_output_gives_back_x_0_and_eps(prediction, steps):
+    trained = GaussianDiffusion(Schedule(make_betas("linear", 1000)), prediction=prediction)
+    rng = np.random.Generator(np.random.PCG64(0))
+    x_0 = tf.constant(rng.uniform(-1, 1, (4, 4, 4, 3)), tf.float32)
+    eps = tf.constant(rng.standard_normal((4, 4, 4, 3)), tf.float32)
+    diffusion = trained.respace(np.arange(0, 1000, 1000 // steps))
+    i = tf.constant([0, 1, steps // 4, steps // 2])
+    t = tf.gather(diffusion.schedule.timesteps.astype(np.int32), i)
+    x_t = trained.q_sample(x_0, t, eps)
+    output = PREDICTIONS[prediction].target(trained, x_0, x_t, t, eps)
+    p = diffusion.p_mean_variance(output, x_t, i)
+    # x_prev divides by posterior_mean_coef1, which is small: 1e-4 * 250 float32 roundings
+    np.testing.assert_allclose(p.x_0, x_0, atol=2e-3 if prediction == "x_prev" else 2e-5)
+    np.testing.assert_allclose(p.eps, eps, atol=2e-3)  # 1 / sqrt(1 - abar) = 100 at t = 0
+    np.testing.assert_allclose(p.mean, diffusion.q_posterior(x_0, x_t, i)[0], atol=2e-4)
+
+
+def test_v_is_a_rotation_of_x_0_and_eps():
+    diffusion = GaussianDiffusion(Schedule(make_betas("linear", 1000)), prediction="v")
+    x_0, eps, t = np.full((1, 1, 1, 1), 0.3, np.float32), np.full((1, 1, 1, 1), -0.7, np.float32), [400]
+    abar = diffusion.schedule.alphas_cumprod[400]
+    v = PREDICTIONS["v"].target(diffusion, tf.constant(x_0), None, tf.constant(t), tf.constant(eps))
+    np.testing.assert_allclose(v, np.sqrt(abar) * eps - np.sqrt(1 - abar) * x_0, rtol=1e-6)
+
+
+def test_clipping_is_a_default_that_a_call_can_override():
+    x_t, output, t = tf.fill([1, 2, 2, 1], 3.0), tf.zeros([1, 2, 2, 1]), tf.constant([500])
+    for clip in (False, True):
+        diffusion = GaussianDiffusion(Schedule(make_betas("linear", 1000)), clip=clip)
+        largest = [float(tf.reduce_max(diffusion.p_mean_variance(output, x_t, t, c).x_0)) for c in (None, True, False)]
+        assert largest[1] == 1 < largest[2] and largest[0] == largest[1 if clip else 2]
+
+
+def test_fixed_large_and_small_bracket_the_optimum():
+    schedule = Schedule(make_betas("linear", 1000))
+    large, small = (GaussianDiffusion(schedule, variance=v)._log_variance for v in ("fixed_large", "fixed_small"))
+    np.testing.assert_allclose(large[1:], np.log(schedule.betas[1:]))
+    assert (large[1:] > small[1:]).all() and large[0] == small[0]
+
+
+@pytest.mark.parametrize("kwargs", [{"prediction": "score"}, {"variance": "fixed"}])
+def test_unknown_names_list_the_known_ones(kwargs):
+    name = next(iter(kwargs))
+    with pytest.raises(InputError, match=f"Unknown {name} .*expected one of"):
+        GaussianDiffusion(Schedule(make_betas("linear", 1000)), **kwargs)
+
+
+def test_eps_is_refused_where_no_signal_is_left():
+    schedule = Schedule(make_betas("jsd", 100))
+    with pytest.raises(InputError, match="Use prediction 'x_0' or 'v'"):
+        GaussianDiffusion(schedule)
+    p = GaussianDiffusion(schedule, prediction="v").p_mean_variance(tf.ones([1, 1, 1, 1]), tf.ones([1, 1, 1, 1]), [99])
+    assert all(np.isfinite(v).all() for v in p)

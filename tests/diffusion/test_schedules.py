@@ -1,0 +1,153 @@
+import logging
+
+import numpy as np
+import pytest
+
+from ddpm_tf.diffusion.schedules import (
+    BETA_SCHEDULES,
+    TIMESTEP_SPACINGS,
+    Schedule,
+    make_betas,
+    space_timesteps,
+)
+from ddpm_tf.errors import InputError
+
+ORIGINALS = ("linear", "quad", "warmup10", "warmup50", "const", "jsd")
+
+
+@pytest.mark.parametrize("T", [10, 1000])
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_betas_match_the_original(reference, name, T):
+    np.testing.assert_allclose(make_betas(name, T), reference[f"betas_{name}_{T}"], rtol=1e-12)
+
+
+def test_tables_match_the_original(reference):
+    schedule = reference.diffusion().schedule
+    for key in reference.arrays:
+        if key.startswith("table_"):
+            np.testing.assert_allclose(
+                getattr(schedule, key.removeprefix("table_")), reference[key], rtol=1e-12, atol=1e-12
+            )
+
+
+def test_iterating_eq_2_gives_eq_4():
+    betas = make_betas("linear", 1000)
+    scale, variance = 1.0, 0.0
+    for beta in betas:
+        scale, variance = scale * np.sqrt(1 - beta), variance * (1 - beta) + beta
+    schedule = Schedule(betas)
+    np.testing.assert_allclose(schedule.sqrt_alphas_cumprod[-1], scale, rtol=1e-10)
+    np.testing.assert_allclose(1 - schedule.alphas_cumprod[-1], variance, rtol=1e-12)
+
+
+def test_cosine_is_improved_ddpm_eq_17():
+    T, s = 1000, 0.008
+    f = np.cos((np.arange(T + 1) / T + s) / (1 + s) * np.pi / 2) ** 2
+    betas = make_betas("cosine", T)
+    assert betas.max() == 0.999
+    np.testing.assert_allclose(np.cumprod(1 - betas)[:-1], (f / f[0])[1:-1], rtol=1e-9)
+
+
+def test_sigmoid_ends_without_signal_and_is_capped():
+    betas = make_betas("sigmoid", 1000)
+    u = np.arange(1, 1000) / 1000
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+    abar = (sigmoid(3) - sigmoid(6 * u - 3)) / (sigmoid(3) - sigmoid(-3))
+    assert betas.max() == 0.999
+    np.testing.assert_allclose(np.cumprod(1 - betas)[:-1], abar, rtol=1e-9)
+
+
+def test_linear_scaled_is_nearly_independent_of_T():
+    ends = [np.log(np.prod(1 - make_betas("linear_scaled", T))) for T in (250, 1000, 4000)]
+    np.testing.assert_allclose(ends, ends[1], rtol=0.05)
+    np.testing.assert_array_equal(make_betas("linear_scaled", 1000), make_betas("linear", 1000))
+
+
+@pytest.mark.parametrize("name", sorted(BETA_SCHEDULES))
+def test_every_schedule_loses_signal_at_every_step(name):
+    betas = make_betas(name, 1000)
+    assert betas.shape == (1000,) and betas.dtype == np.float64
+    assert (betas > 0).all() and (betas <= 1).all()
+
+
+def test_tables_cannot_be_written():
+    schedule = Schedule(make_betas("linear", 10, beta_end=0.9))
+    with pytest.raises(ValueError, match="read-only"):
+        schedule.betas[0] = 1
+
+
+@pytest.mark.parametrize("betas", [[], [[0.1]], [0.0, 0.1], [0.1, 1.1], [0.1, np.nan]])
+def test_bad_betas_are_refused(betas):
+    with pytest.raises(InputError, match="beta"):
+        Schedule(betas)
+
+
+def test_unknown_schedule_lists_names():
+    with pytest.raises(InputError, match=r"Unknown beta schedule 'linaer'.*'cosine'.*'linear'"):
+        make_betas("linaer", 10)
+
+
+def test_no_timesteps_are_refused():
+    with pytest.raises(InputError, match="at least 1, found 0"):
+        make_betas("cosine", 0)
+
+
+def test_a_chain_that_keeps_signal_warns(caplog):
+    with caplog.at_level(logging.WARNING, "absl"):
+        Schedule(make_betas("linear", 100))
+        assert "is not N(0, I)" in caplog.text
+        caplog.clear()
+        Schedule(make_betas("linear", 1000)).respace([0, 10, 20])
+        assert not caplog.text
+
+
+def test_respacing_keeps_alphas_cumprod_and_remembers_the_trained_timesteps():
+    schedule = Schedule(make_betas("linear", 1000))
+    once = schedule.respace(np.arange(0, 1000, 10))
+    twice = once.respace(np.arange(0, 100, 10))
+    np.testing.assert_allclose(twice.alphas_cumprod, schedule.alphas_cumprod[::100], rtol=1e-12)
+    np.testing.assert_array_equal(twice.timesteps, np.arange(0, 1000, 100))
+    assert twice.trained is schedule
+    assert schedule.respace(np.arange(1000)) is schedule
+
+
+def test_a_one_step_chain_has_the_variance_of_its_only_beta():
+    schedule = Schedule(make_betas("linear", 1000)).respace([999])
+    np.testing.assert_array_equal(schedule.posterior_log_variance_clipped, np.log(schedule.betas))
+
+
+@pytest.mark.parametrize("kept", [[], [3, 2], [1, 1], [-1, 2], [0, 1000]])
+def test_bad_kept_timesteps_are_refused(kept):
+    with pytest.raises(InputError, match="kept timesteps"):
+        Schedule(make_betas("linear", 1000)).respace(kept)
+
+
+@pytest.mark.parametrize("T", [1, 2, 7, 40, 1000])
+@pytest.mark.parametrize("spacing", sorted(TIMESTEP_SPACINGS))
+def test_spacings_ascend_within_the_chain(spacing, T):
+    for S in range(1, T + 1) if T <= 40 else (1, 2, 3, 7, 10, 50, 333, 999, 1000):
+        kept = space_timesteps(T, S, spacing)
+        assert kept[0] >= 0 and kept[-1] < T and (np.diff(kept) > 0).all()
+        assert len(kept) == S or spacing == "quad"
+        if S == 1:
+            assert kept == [T - 1]
+
+
+def test_spacings_are_the_published_ones():
+    np.testing.assert_array_equal(space_timesteps(1000, 50, "uniform"), range(0, 1000, 20))
+    np.testing.assert_array_equal(space_timesteps(10, 4, "uniform"), [0, 2, 5, 7])
+    quad = (np.linspace(0, np.sqrt(800), 10) ** 2).astype(int)
+    np.testing.assert_array_equal(space_timesteps(1000, 10, "quad"), quad)
+    np.testing.assert_array_equal(space_timesteps(1000, 3, "linspace"), [0, 500, 999])
+    np.testing.assert_array_equal(space_timesteps(1000, 4, "trailing"), [249, 499, 749, 999])
+
+
+@pytest.mark.parametrize("S", [0, -1, 1001])
+def test_steps_outside_the_chain_are_refused(S):
+    with pytest.raises(InputError, match=r"within 1\.\.1000"):
+        space_timesteps(1000, S, "uniform")
+
+
+def test_unknown_spacing_lists_names():
+    with pytest.raises(InputError, match="Unknown timestep spacing 'log'.*'quad'"):
+        space_timesteps(1000, 10, "log")

@@ -1,0 +1,137 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from ddpm_tf.errors import InputError
+from ddpm_tf.networks import UNet
+from ddpm_tf.networks.layers import stateless_dropout, timestep_embedding
+from tests.conftest import tf1_name
+
+TINY = {"ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,)}
+
+
+def test_time_embedding_matches_the_original(reference):
+    for width in (128, 33):
+        np.testing.assert_allclose(
+            timestep_embedding(reference["temb_t"], width), reference[f"temb_{width}"], atol=2e-5
+        )
+
+
+def test_output_matches_the_original(reference):
+    np.testing.assert_allclose(reference.output(), reference["unet_out"], atol=2e-5)
+
+
+def test_variables_are_those_of_the_original(reference):
+    network = reference.network()
+    names = {tf1_name(v.path): str(list(v.shape)) for v in network.variables}
+    assert names == dict(zip(reference["var_names"], reference["var_shapes"], strict=True))
+    assert network.count_params() == reference["unet_params"]
+
+
+def test_parameter_counts_are_the_papers():
+    assert UNet((32, 32, 3)).count_params() == 35_746_307
+
+
+@pytest.mark.slow
+def test_parameter_count_of_256x256_is_the_papers():
+    assert UNet((256, 256, 3), ch_mult=(1, 1, 2, 2, 4, 4)).count_params() == 113_673_219
+
+
+def test_output_is_zero_at_the_start():
+    network = UNet((8, 8, 3), **TINY)
+    output = network({"x_t": tf.random.stateless_normal((2, 8, 8, 3), (0, 0)), "t": tf.constant([0, 999])})
+    assert float(tf.reduce_max(tf.abs(output))) < 1e-3
+
+
+def test_non_square_images_and_other_channels():
+    network = UNet((8, 12, 2), out_channels=5, **TINY)
+    assert network({"x_t": tf.zeros((3, 8, 12, 2)), "t": tf.zeros((3,), tf.int32)}).shape == (3, 8, 12, 5)
+
+
+def test_config_round_trip_gives_the_same_network():
+    network = UNet((8, 8, 1), dropout=0.2, resamp_with_conv=False, num_classes=3, seed=4, **TINY)
+    twin = UNet.from_config(network.get_config())
+    assert twin.get_config() == network.get_config()
+    for a, b in zip(network.get_weights(), twin.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    other = UNet.from_config({**network.get_config(), "seed": 5})
+    assert not np.array_equal(other.conv_in.kernel, network.conv_in.kernel)
+
+
+def test_every_argument_is_an_attribute():
+    network = UNet((8, 8, 1), **TINY)
+    for name, value in network.get_config().items():
+        if name != "dtype":
+            assert getattr(network, name) == value
+
+
+def test_saving_and_loading_gives_the_same_output(small_network, tmp_path):
+    inputs = {"x_t": tf.ones((1, 8, 8, 1)), "t": tf.constant([3])}
+    small_network.save(tmp_path / "network.keras")
+    loaded = keras.saving.load_model(tmp_path / "network.keras")
+    np.testing.assert_array_equal(loaded(inputs), small_network(inputs))
+
+
+def test_every_weight_has_a_gradient(small_network):
+    with tf.GradientTape() as tape:
+        output = small_network({"x_t": tf.random.stateless_normal((2, 8, 8, 1), (0, 1)), "t": tf.constant([5, 700])})
+        loss = tf.reduce_sum(output**2)
+    gradients = tape.gradient(loss, [v.value for v in small_network.trainable_variables])
+    assert all(g is not None and np.isfinite(g).all() for g in gradients)
+    # A key's bias shifts all scores of a query alike, and a group of one channel forgets what is added before it.
+    silent = {v.path for v, g in zip(small_network.trainable_variables, gradients, strict=True) if not np.any(g)}
+    assert not [p for p in silent if not p.endswith("bias")]
+
+
+def test_labels_change_the_output():
+    network = UNet((8, 8, 1), num_classes=2, **TINY)
+    network.conv_out.kernel.assign(tf.ones_like(network.conv_out.kernel))
+    inputs = {"x_t": tf.ones((2, 8, 8, 1)), "t": tf.constant([3, 3])}
+    a, b = network({**inputs, "labels": tf.constant([0, 1])})
+    assert not np.allclose(a, b)
+
+
+def test_dropout_is_a_function_of_each_examples_seed():
+    network = UNet((8, 8, 1), dropout=0.5, **TINY)
+    for v in network.variables:  # off the zero initialisation
+        v.assign(v + 0.05 * tf.random.stateless_normal(v.shape, (0, len(v.path))))
+    inputs = {"x_t": tf.ones((2, 8, 8, 1)), "t": tf.constant([3, 3])}
+    a, b = network(inputs, training=True, dropout_seed=tf.constant([[1, 2], [1, 3]]))
+    assert not np.allclose(a, b)
+    again = network(inputs, training=True, dropout_seed=tf.constant([[1, 3], [1, 2]]))
+    np.testing.assert_allclose(again, tf.stack([b, a]), atol=1e-6)
+    still = network(inputs)
+    np.testing.assert_allclose(still[0], still[1], atol=1e-6)
+    with pytest.raises(InputError, match="dropout_seed"):
+        network(inputs, training=True)
+
+
+def test_dropout_keeps_the_mean_and_differs_between_layers():
+    x, seeds = tf.ones((64, 8, 8, 32)), tf.stack([tf.range(64), tf.zeros(64, tf.int32)], 1)
+    first, second = (stateless_dropout(x, 0.25, seeds, layer).numpy() for layer in (1, 2))
+    assert set(np.unique(first)) == {0.0, np.float32(1 / 0.75)}
+    assert abs(first.mean() - 1) < 5 * (1 / 3 / first.size) ** 0.5
+    assert (first != second).any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "kwargs", "message"),
+    [
+        ((30, 30, 3), {}, "multiples of 8"),
+        ((32, 30, 3), {}, "multiples of 8"),
+        ((32, 32, 3), {"ch": 48}, "48 channels, which 32"),
+        ((32, 32, 3), {"attn_resolutions": (7,)}, r"height 7, but the levels have heights \[32, 16, 8, 4\]"),
+        ((32, 32, 3), {"dropout": 1.0}, r"within \[0, 1\), found 1.0"),
+    ],
+)
+def test_shapes_that_cannot_be_are_refused(shape, kwargs, message):
+    with pytest.raises(InputError, match=message):
+        UNet(shape, **kwargs)
+
+
+def test_statistics_and_softmax_stay_float32_under_bfloat16():
+    network = UNet((8, 8, 1), dtype="mixed_bfloat16", **TINY)
+    assert {v.dtype for v in network.variables} == {"float32"}
+    output = network({"x_t": tf.ones((1, 8, 8, 1)), "t": tf.constant([3])})
+    assert output.dtype == tf.float32 and np.isfinite(output).all()

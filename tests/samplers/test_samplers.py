@@ -1,0 +1,230 @@
+"""Samplers against closed forms: for x_0 ~ N(mu, s^2) the best denoiser is linear, and so is every moment."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from ddpm_tf.diffusion.process import GaussianDiffusion
+from ddpm_tf.diffusion.schedules import Schedule, make_betas
+from ddpm_tf.errors import InputError
+from ddpm_tf.samplers import SAMPLERS, make_sampler, sample
+from ddpm_tf.samplers.loop import initial_noise, run_loop, step_noise
+
+MU, S = 0.4, 0.5
+SCHEDULE = Schedule(make_betas("linear", 1000))
+
+
+def analytic_denoiser(sampler):
+    """E[eps | x_t] for x_0 ~ N(MU, S^2): eps = sqrt(1 - abar) (x_t - sqrt(abar) MU) / (abar S^2 + 1 - abar)."""
+    abar = sampler.diffusion.schedule.alphas_cumprod
+    slope = tf.constant(np.sqrt(1 - abar) / (abar * S**2 + 1 - abar), tf.float32)
+    root = tf.constant(np.sqrt(abar), tf.float32)
+
+    def denoise_fn(x_t, i):
+        i = i[0]
+        return slope[i] * (x_t - root[i] * MU)
+
+    return denoise_fn
+
+
+def affine_response(sampler):
+    """x_out = a x_T + sum_i b_i noise_i + c of a linear sampler, measured by running it: (a, sum b^2, c)."""
+    S_steps = sampler.num_steps
+    # Example k < S_steps sees a unit of noise at step k only; then one with x_T = 1; then one with nothing.
+    x_T = tf.one_hot([S_steps], S_steps + 2)[0][:, None, None, None]
+    noise_fn = lambda seeds, i, shape: tf.one_hot(i, S_steps + 2)[:, None, None, None]  # noqa: E731
+    run = tf.function(lambda x_T: run_loop(sampler, analytic_denoiser(sampler), x_T, None, noise_fn=noise_fn)[0])
+    x = run(x_T)
+    x = x.numpy().ravel().astype(np.float64)
+    response = x[:-1] - x[-1]
+    return response[-1], (response[:-1] ** 2).sum(), x[-1]
+
+
+def recursion(schedule, log_variance):
+    """The mean and variance that ancestral sampling has, step by step in float64, from x_T ~ N(0, 1)."""
+    mean, variance = 0.0, 1.0
+    abar = schedule.alphas_cumprod
+    for i in reversed(range(schedule.num_timesteps)):
+        slope = np.sqrt(1 - abar[i]) / (abar[i] * S**2 + 1 - abar[i])
+        # x_0 = (x - sqrt(1-abar) eps) / sqrt(abar), eps = slope (x - sqrt(abar) MU); then the posterior mean
+        x_0_scale = (1 - np.sqrt(1 - abar[i]) * slope) / np.sqrt(abar[i])
+        x_0_shift = np.sqrt(1 - abar[i]) * slope * MU
+        a = schedule.posterior_mean_coef1[i] * x_0_scale + schedule.posterior_mean_coef2[i]
+        mean = a * mean + schedule.posterior_mean_coef1[i] * x_0_shift
+        variance = a**2 * variance + (np.exp(log_variance[i]) if i > 0 else 0.0)
+    return mean, variance
+
+
+@pytest.mark.parametrize("variance", ["fixed_large", "fixed_small"])
+@pytest.mark.parametrize("num_steps", [1000, 50, 7, 1])
+def test_ancestral_moments_follow_the_linear_recursion(variance, num_steps):
+    diffusion = GaussianDiffusion(SCHEDULE, variance=variance, clip=False)
+    sampler = make_sampler("ddpm", diffusion, num_steps=num_steps)
+    a, noise_variance, c = affine_response(sampler)
+    mean, total = recursion(sampler.diffusion.schedule, sampler.diffusion._log_variance)
+    np.testing.assert_allclose(c, mean, atol=1e-5)
+    np.testing.assert_allclose(a**2 + noise_variance, total, atol=1e-5)
+
+
+def test_ddim_error_falls_as_one_over_S():
+    diffusion = GaussianDiffusion(SCHEDULE, clip=False)
+    errors = []
+    for num_steps in (25, 50, 100, 200):
+        sampler = make_sampler("ddim", diffusion, num_steps=num_steps, spacing="trailing")
+        x_T = tf.reshape(tf.constant([0.0, 1.0]), [2, 1, 1, 1])
+        x, _, _ = run_loop(sampler, analytic_denoiser(sampler), x_T, None)
+        slope = float(x[1, 0, 0, 0] - x[0, 0, 0, 0])
+        abar = SCHEDULE.alphas_cumprod[-1]
+        errors.append(abs(slope) * np.sqrt(abar * S**2 + 1 - abar) - S)  # x_T from the exact marginal
+    ratios = np.array(errors[:-1]) / np.array(errors[1:])
+    assert abs(errors[-1]) < 0.02 * S
+    np.testing.assert_allclose(ratios, 2, atol=0.25)  # the next order of the error is 1/S of it
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_ddim_with_eta_1_is_fixed_small_ancestral_sampling(small_network, clip):
+    """Over the whole chain, given the same noise, the same clip setting, and eps from the clipped x_0."""
+    diffusion = GaussianDiffusion(Schedule(make_betas("linear", 12, beta_start=1e-3, beta_end=0.7)), clip=clip)
+    small = GaussianDiffusion(diffusion.schedule, variance="fixed_small", clip=clip)
+    x_T, denoise_fn = initial_noise([1, 2], (8, 8, 1)), lambda x, i: small_network({"x_t": x, "t": i})
+    a, b = (
+        run_loop(sampler, denoise_fn, x_T, [1, 2])[0].numpy()
+        for sampler in (make_sampler("ddim", diffusion, eta=1.0), make_sampler("ddpm", small))
+    )
+    np.testing.assert_allclose(a, b, atol=1e-5 * max(1, abs(b).max()))
+
+
+def test_ddim_without_noise_is_a_function_of_the_seed_alone(small_network):
+    sampler = make_sampler("ddim", GaussianDiffusion(SCHEDULE), num_steps=5)
+    assert not sampler.needs_noise
+    refuse = lambda *_: pytest.fail("ddim with eta 0 asked for noise")  # noqa: E731
+    x_T = initial_noise([3], (8, 8, 1))
+    denoise_fn = lambda x, i: small_network({"x_t": x, "t": i})  # noqa: E731
+    first, _, _ = run_loop(sampler, denoise_fn, x_T, [3], noise_fn=refuse)
+    second, _, _ = run_loop(sampler, denoise_fn, x_T, [77], noise_fn=refuse)
+    np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.slow
+def test_ancestral_chain_matches_the_original(reference):
+    """40 steps from the given noise, both fixed variances; the states and x_0 of the recorded steps."""
+    network, table = reference.network(), tf.constant(reference["noise_table"])
+    T = reference.args["T"]
+
+    def noise_fn(seeds, i, shape):
+        return table[T - i]  # the k-th draw is used at timestep T - 1 - k and sits at 1 + k
+
+    for variance in ("fixed_large", "fixed_small"):
+        sampler = make_sampler("ddpm", reference.diffusion(variance=variance))
+        run = tf.function(
+            lambda x, start, stop, sampler=sampler: run_loop(
+                sampler, lambda x_t, i: network({"x_t": x_t, "t": i}), x, tf.zeros([x.shape[0]], tf.int64),
+                start=start, stop=stop, noise_fn=noise_fn,
+            )[:2]
+        )  # fmt: skip
+        name = "sample_" + variance.replace("_", "")
+        recorded = sorted(
+            (int(k.rpartition("_t")[2]) for k in reference.arrays if k.startswith(f"{name}_t")), reverse=True
+        )
+        assert recorded[-1] == 0
+        x, top = table[0], T
+        for t in recorded:
+            x, x_0 = run(x, tf.constant(top), tf.constant(t))
+            np.testing.assert_allclose(x, reference[f"{name}_t{t}"], atol=1e-4)
+            np.testing.assert_allclose(x_0, reference[f"{name}_pred_xstart_t{t}"], atol=1e-4)
+            top = t
+
+
+def test_running_in_chunks_is_running_at_once(small_network):
+    sampler = make_sampler("ddpm", GaussianDiffusion(SCHEDULE), num_steps=10)
+    whole = sample(small_network, sampler, [5, 6])
+    traced = sample(small_network, sampler, [5, 6], trace=4)
+    np.testing.assert_array_equal(traced.images, whole.images)
+    trace = traced.trace
+    np.testing.assert_array_equal(trace.index, [0, 4, 8])
+    np.testing.assert_array_equal(trace.x_t[0], whole.images)
+    np.testing.assert_array_equal(trace.x_t[-1], initial_noise([5, 6], (8, 8, 1)))
+    # The last step adds no noise: its mean is x_0 itself.
+    np.testing.assert_allclose(trace.x_0[0], whole.images, atol=1e-6)
+    every = sample(small_network, sampler, [5, 6], trace=1).trace
+    assert every.x_t.shape == (11, 2, 8, 8, 1) and every.x_0.shape == (10, 2, 8, 8, 1)
+    np.testing.assert_array_equal(every.x_t[[0, 4, 8, 10]], trace.x_t)
+
+
+def image_levels(images):
+    return np.clip((np.asarray(images) + 1) * 127.5, 0, 255)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "num_steps"), [("ddim", 50), ("ddpm", 1000)])
+def test_a_seed_is_the_same_image_in_any_batch_and_any_mode(small_network, name, num_steps, record_property):
+    """Alone, among 7 and among 64; eagerly, as a tf.function and under XLA; to one grey level."""
+    sampler = make_sampler(name, GaussianDiffusion(SCHEDULE), num_steps=num_steps)
+    seeds = np.arange(100, 164)
+    batch = sample(small_network, sampler, seeds).images
+    others = {
+        "alone": sample(small_network, sampler, seeds[5:6]).images[0],
+        "among 7": sample(small_network, sampler, seeds[[9, 1, 5, 3, 60, 2, 4]]).images[2],
+    }
+
+    def denoise_fn(x_t, i):
+        t = tf.gather(tf.constant(sampler.diffusion.schedule.timesteps, tf.int32), i)
+        return small_network({"x_t": x_t, "t": t})
+
+    def run(seeds):
+        return run_loop(sampler, denoise_fn, initial_noise(seeds, (8, 8, 1)), seeds)[0]
+
+    few = tf.constant(seeds[4:7])
+    others["eager"] = run(few)[1]
+    others["graph"] = tf.function(run)(few)[1]
+    others["xla"] = tf.function(run, jit_compile=True)(few)[1]
+    largest = {k: float(np.abs(np.asarray(v) - batch[5]).max()) for k, v in others.items()}
+    record_property("largest float difference", largest)
+    print(f"\n{name} {num_steps} steps, largest float difference on images within +-{abs(batch).max():.1f}: {largest}")
+    for images in others.values():
+        assert np.abs(image_levels(images) - image_levels(batch[5])).max() <= 1
+    assert len({image.tobytes() for image in batch}) == 64
+
+
+def test_step_noise_differs_between_steps_and_seeds():
+    draws = [step_noise([seed], i, (4, 4, 1)).numpy().tobytes() for seed in (0, 1) for i in (0, 1)]
+    assert len({*draws, initial_noise([0], (4, 4, 1)).numpy().tobytes()}) == 5
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize("spacing", ["uniform", "quad", "linspace", "trailing"])
+def test_any_number_of_steps_gives_finite_images(name, spacing):
+    for num_steps in (1, 2, 13):
+        sampler = make_sampler(name, GaussianDiffusion(SCHEDULE), num_steps=num_steps, spacing=spacing)
+        x, _, _ = run_loop(sampler, analytic_denoiser(sampler), initial_noise([0], (2, 2, 1)), [0])
+        assert np.isfinite(x).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "message"),
+    [
+        ("dpmpp", {}, "Unknown sampler 'dpmpp'; expected one of .*'ddim', 'ddpm'"),
+        ("ddim", {"num_steps": 0}, r"within 1\.\.1000"),
+        ("ddim", {"num_steps": 1001}, r"within 1\.\.1000"),
+        ("ddim", {"eta": 1.5}, r"within 0\.\.1, found 1.5"),
+        ("ddpm", {"eta": 0.5}, "eta is a setting of the ddim sampler"),
+        ("ddim", {"num_steps": 5, "spacing": "log"}, "Unknown timestep spacing"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(name, kwargs, message):
+    with pytest.raises(InputError, match=message):
+        make_sampler(name, GaussianDiffusion(SCHEDULE), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "kwargs", "message"),
+    [
+        ([], {}, "at least one"),
+        ([[1]], {}, "shape"),
+        ([1], {"labels": [0]}, "unconditional"),
+        ([1], {"trace": -1}, "trace"),
+    ],
+)
+def test_calls_that_cannot_be_are_refused(small_network, seeds, kwargs, message):
+    with pytest.raises(InputError, match=message):
+        sample(small_network, make_sampler("ddim", GaussianDiffusion(SCHEDULE), num_steps=2), seeds, **kwargs)
