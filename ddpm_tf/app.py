@@ -42,6 +42,8 @@ def _parse_flags(argv):
         sys.exit(0)
     try:
         rest = flags.FLAGS(argv)
+        if "config" in flags.FLAGS and flags.FLAGS.config is not None:
+            flags.FLAGS.config.seed  # noqa: B018 - a config file that could not be loaded raises at its first use
     except InputError as e:
         _leave(str(e), 2)
     except flags.Error as e:

@@ -67,8 +67,9 @@ def train(config, workdir, *, download=False):
         )
         print(_where(workdir))
         return
-    source = builders.build_source(config, download=download)
+    builders.build_sampler(config, builders.build_diffusion(config))  # mistakes show before the data are read
     model = builders.build_model(config, make_strategy())
+    source = builders.build_source(config, download=download)
     start_step = 0
     if latest:
         start_step, tensors = latest

@@ -74,8 +74,15 @@ def decode_image(path, image_shape):
             "images are never enlarged. Remove it or lower data.image_size."
         )
     if (image.height, image.width) != (height, width):
-        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+        image = _cut_to_aspect(image, width / height).resize((width, height), Image.Resampling.LANCZOS)
     return np.asarray(image, np.uint8).reshape(image_shape)
+
+
+def _cut_to_aspect(image, aspect):
+    """The largest middle part with width / height = aspect; cut first, so that no pixel outside is blended in."""
+    width, height = min(image.width, round(image.height * aspect)), min(image.height, round(image.width / aspect))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def _check_header(path, image, channels):
@@ -143,7 +150,7 @@ def load_tfds(name, options):
 
     try:
         builder = tfds.builder(name, data_dir=options.data_dir or None)
-    except tfds.core.DatasetNotFoundError as e:
+    except ValueError as e:  # DatasetNotFoundError is one
         raise InputError(f"data.source names the TFDS data set {name!r}, which does not exist.") from e
     if options.download:
         builder.download_and_prepare()

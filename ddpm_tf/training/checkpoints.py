@@ -14,14 +14,18 @@ _BUNDLE = "state"
 
 
 def variables_by_name(model):
-    """{name: variable} of everything a run needs to go on: network, EMA, and the optimizer with its step."""
-    groups = {
-        "network": model.network.variables,
-        "ema": model.ema_network.variables,
-        "optimizer": [v for v in model.optimizer.variables if v is not model.optimizer.iterations],
-    }
-    named = {f"{group}/{v.path}": v for group, variables in groups.items() for v in variables}
-    assert len(named) == sum(map(len, groups.values())), "two variables share a path"
+    """{name: variable} of everything a run needs to go on: network, EMA, the optimizer's slots, and the step.
+
+    Names: network/PATH, ema/PATH, optimizer/SLOT/PATH (momentum and velocity are Adam's m and v), step.
+    """
+    named = {f"network/{v.path}": v for v in model.network.variables}
+    named |= {f"ema/{v.path}": v for v in model.ema_network.variables}
+    # Keras names a slot OPTIMIZER/PATH_WITH_UNDERSCORES_slot, and numbers the optimizers of a process.
+    paths = {v.path.replace("/", "_"): v.path for v in model.network.trainable_variables}
+    for v in model.optimizer.variables:
+        if v is not model.optimizer.iterations:
+            owner, _, slot = v.path.partition("/")[2].rpartition("_")
+            named[f"optimizer/{slot}/{paths[owner]}"] = v
     return {**named, "step": model.optimizer.iterations}
 
 

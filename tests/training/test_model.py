@@ -70,7 +70,9 @@ def train(replicas, steps, *, steps_per_execution=1, dropout=0.0, grad_clip=0.5,
 
 
 def assert_same_weights(a, b, tolerance):
-    for x, y in zip(a.network.variables + a.ema_network.variables, b.network.variables + b.ema_network.variables):
+    for x, y in zip(
+        a.network.variables + a.ema_network.variables, b.network.variables + b.ema_network.variables, strict=True
+    ):
         np.testing.assert_allclose(x.numpy(), y.numpy(), atol=tolerance, rtol=0, err_msg=x.path)
 
 

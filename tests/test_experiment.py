@@ -1,0 +1,280 @@
+"""The jobs and the command lines, on a run of a few steps."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from configs import cifar10, digits
+from ddpm_tf import config as config_lib
+from ddpm_tf import experiment
+from ddpm_tf.errors import InputError
+from ddpm_tf.training import checkpoints
+
+ROOT = Path(__file__).parent.parent
+
+
+def tiny_config(num_steps=4):
+    """Digits with dropout and flips, so that every kind of draw takes part."""
+    config = digits.get_config()
+    config.data.batch_size = 8
+    config.data.random_flip = True
+    config.network.ch_mult = (1,)
+    config.network.attn_resolutions = ()
+    config.network.dropout = 0.1
+    config.train.num_steps = num_steps
+    config.train.log_every = 1
+    config.train.checkpoint_every = 2
+    config.train.sample_every = 0
+    config.train.jit_compile = "off"
+    config.sample.num_steps = 2
+    config.sample.num_images = 5
+    return config
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory):
+    """A finished run of 4 steps; not to be written to."""
+    workdir = tmp_path_factory.mktemp("run") / "workdir"
+    experiment.train(tiny_config(), str(workdir))
+    return workdir
+
+
+def state(workdir):
+    return checkpoints.restore_latest(workdir / "ckpt")
+
+
+def rows(workdir):
+    timing = ("seconds", "images_per_s")
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
+
+
+def test_a_workdir_holds_what_the_design_says(workdir):
+    assert {p.name for p in workdir.iterdir()} == {"config.json", "metrics.jsonl", "ckpt", "samples", "tensorboard"}
+    assert [p.name for p in sorted((workdir / "ckpt").iterdir())] == ["step_000000000002", "step_000000000004"]
+    assert [row["step"] for row in rows(workdir)] == [1, 2, 3, 4]
+    grid = np.asarray(Image.open(workdir / "samples" / "step_000000000004_ema.png"))
+    assert grid.shape == (2 * 33 - 1, 3 * 33 - 1)  # 5 images of 8x8, four times enlarged
+    assert config_lib.from_json((workdir / "config.json").read_text(), "") == tiny_config()
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_is_the_uninterrupted_one_bit_for_bit(workdir, tmp_path):
+    for num_steps in (1, 3, 4):  # stopped after steps 1 and 3
+        experiment.train(tiny_config(num_steps), str(tmp_path))
+    (step, tensors), (_, expected) = state(tmp_path), state(workdir)
+    assert step == 4 and tensors.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(tensors[name], expected[name], err_msg=name)
+    assert rows(tmp_path) == rows(workdir)
+
+
+def test_rows_after_the_restored_step_are_cut_off(workdir, tmp_path):
+    from ddpm_tf.training.callbacks import Metrics
+
+    (tmp_path / "metrics.jsonl").write_text((workdir / "metrics.jsonl").read_text() + '{"step": 5, "lo')
+    metrics = Metrics(2, workdir=str(tmp_path), batch_size=1, log_every=1, summaries=None)
+    metrics.on_train_begin()
+    metrics.on_train_end()
+    assert rows(tmp_path) == rows(workdir)[:2]
+
+
+def test_a_finished_run_is_left_alone(workdir, capsys):
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
+    experiment.train(tiny_config(), str(workdir))
+    assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*")} == before
+    assert "run_sample.py --workdir=" in capsys.readouterr().out
+
+
+def test_another_config_is_refused_with_a_table(workdir):
+    config = tiny_config()
+    config.network.ch = 64
+    config.train.log_every = 2  # free to change
+    with pytest.raises(InputError, match=r"made with another config(.|\n)*network.ch +32 +64\n") as e:
+        experiment.train(config, str(workdir))
+    assert "log_every" not in str(e.value)
+
+
+def test_sampling_takes_its_settings_from_the_workdir(workdir, tmp_path):
+    out = experiment.sample_images(str(workdir), out=str(tmp_path / "a"), num_images=3, seed=7)
+    with np.load(os.path.join(out, "samples.npz"), allow_pickle=False) as arrays:
+        assert arrays.files == ["images"]
+        images = arrays["images"]
+    assert images.shape == (3, 8, 8, 1) and images.dtype == np.uint8
+    assert sorted(os.listdir(out)) == [
+        "grid.png",
+        "samples.npz",
+        "seed_000007.png",
+        "seed_000008.png",
+        "seed_000009.png",
+    ]
+    np.testing.assert_array_equal(np.asarray(Image.open(os.path.join(out, "seed_000008.png"))), images[1, ..., 0])
+    one_by_one = experiment.sample_images(str(workdir), out=str(tmp_path / "b"), num_images=3, seed=7, batch_size=2)
+    with np.load(os.path.join(one_by_one, "samples.npz")) as arrays:
+        assert np.abs(arrays["images"].astype(int) - images).max() <= 1
+
+
+def test_raw_weights_and_their_average_differ(workdir):
+    raw, ema = (experiment.load_for_inference(str(workdir), ema=ema).network for ema in (False, True))
+    assert any(not np.array_equal(a, b) for a, b in zip(raw.get_weights(), ema.get_weights(), strict=True))
+
+
+def test_nothing_is_written_over(workdir, tmp_path):
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(InputError, match="not an empty folder"):
+        experiment.sample_images(str(workdir), out=str(tmp_path))
+
+
+def test_a_default_folder_is_never_one_that_exists(workdir):
+    first, second = (Path(experiment.sample_images(str(workdir), num_images=1)) for _ in range(2))
+    assert first != second and first.parent == second.parent == workdir / "samples"
+
+
+def test_workdirs_that_cannot_be_sampled(tmp_path):
+    with pytest.raises(InputError, match="does not exist; expected a folder written by run_train.py"):
+        experiment.sample_images(str(tmp_path / "none"))
+    with pytest.raises(InputError, match="holds no config.json"):
+        experiment.sample_images(str(tmp_path))
+    (tmp_path / "config.json").write_text(config_lib.to_json(tiny_config()))
+    with pytest.raises(InputError, match="no checkpoint in .* yet"):
+        experiment.sample_images(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"seed": 0, "model": {"ch": 3}}')
+    with pytest.raises(InputError, match=r"another version: fields unknown here \['model.ch'\]"):
+        experiment.sample_images(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match="is not a config"):
+        experiment.sample_images(str(tmp_path))
+
+
+def test_inference_is_in_true_float32_with_memory_growth(monkeypatch, workdir):
+    grown = []
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: ["GPU:0"] if kind == "GPU" else [])
+    monkeypatch.setattr(tf.config.experimental, "set_memory_growth", lambda gpu, on: grown.append((gpu, on)))
+    tf.config.experimental.enable_tensor_float_32_execution(True)
+    experiment.load_for_inference(str(workdir))
+    assert not tf.config.experimental.tensor_float_32_execution_enabled()
+    assert grown == [("GPU:0", True)]
+
+
+def test_a_batch_that_replicas_do_not_divide_is_refused():
+    from ddpm_tf import builders
+
+    config = tiny_config()
+    config.data.batch_size = 7
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with pytest.raises(InputError, match="data.batch_size=7 is not divisible by the 2 replicas; use 6 or 8"):
+        builders.build_model(config, strategy)
+
+
+def test_every_config_validates_and_describes_itself():
+    import importlib
+
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        module = importlib.import_module(f"configs.{path.stem}")
+        config = module.get_config()
+        config_lib.validate(config)
+        assert f"--config=configs/{path.name}" in module.__doc__
+        assert config_lib.from_json(config_lib.to_json(config), "") == config
+
+
+def test_cifar10_is_the_papers():
+    config = cifar10.get_config()
+    assert config.network.to_dict() == {
+        "name": "unet", "ch": 128, "ch_mult": (1, 2, 2, 2), "num_res_blocks": 2, "attn_resolutions": (16,),
+        "dropout": 0.1, "resamp_with_conv": True,
+    }  # fmt: skip
+    assert (config.diffusion.variance, config.train.ema_decay, config.train.num_steps) == (
+        "fixed_large",
+        0.9999,
+        800_000,
+    )
+    assert (config.data.batch_size, config.data.random_flip, config.optimizer.learning_rate) == (128, True, 2e-4)
+
+
+def test_all_problems_of_a_config_are_told_at_once():
+    config = tiny_config()
+    config.data.batch_size = 0
+    config.data.channels = 2
+    config.train.steps_per_execution = 3
+    with pytest.raises(InputError, match="(?s)batch_size must be at least 1.*channels must be 1 or 3.*multiple of"):
+        config_lib.validate(config)
+
+
+def command(*args):
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+DIGITS = ("run_train.py", "--config=configs/digits.py", "--workdir=W")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["run_train.py", "--workdir=W"], "--config is missing"),
+        (["run_train.py", "--workdir=W", "--config=configs/none.py"], "configs/none.py"),
+        (
+            ["run_train.py", "--workdir=W", "--config=configs/cifar10.py", "--config.data.data_dir=W"],
+            "tfds build cifar10",
+        ),
+        (["run_train.py", "W"], "Unexpected arguments"),
+        ([*DIGITS[:2]], "--workdir is missing"),
+        ([*DIGITS, "--workdri=W"], "workdri"),
+        ([*DIGITS, "--config.data.bacth_size=3"], "Did you mean --config.data.batch_size?"),
+        ([*DIGITS, "--config.data.batch_size=x"], "data.batch_size"),
+        ([*DIGITS, "--config.diffusion.schedule=linaer"], "Unknown beta schedule 'linaer'"),
+        ([*DIGITS, "--config.data.source=digit"], "Unknown data source 'digit'"),
+        ([*DIGITS, "--config.sample.sampler=ddum"], "Unknown sampler 'ddum'"),
+        ([*DIGITS, "--config.network.ch_mult=(1,2,2,2,2)"], "multiples of 16"),
+        (["run_sample.py", "--workdir=W"], "w does not exist"),
+        (["run_sample.py", "--workdir=W", "--num_steps=many"], "num_steps"),
+    ],
+)
+def test_mistakes_leave_with_2_and_one_message(tmp_path, args, message):
+    args = [a.replace("=W", f"={tmp_path / 'w'}") for a in args]
+    result = command(*args)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_sampling_mistakes_leave_with_2(workdir, tmp_path):
+    for args, message in (
+        (["--num_steps=1001"], "within 1..1000"),
+        (["--sampler=heun"], "Unknown sampler 'heun'"),
+        (["--num_images=0"], "sample.num_images must be at least 1"),
+    ):
+        result = command("run_sample.py", f"--workdir={workdir}", f"--out={tmp_path / 'o'}", *args)
+        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_dry_run_prints_the_papers_parameter_count_and_writes_nothing(tmp_path):
+    result = command(
+        "run_train.py", "--config=configs/cifar10.py", "--dry_run", f"--workdir={tmp_path / 'w'}",
+        f"--config.data.data_dir={tmp_path / 'd'}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "35,746,307" in result.stdout and "steps per epoch: unknown, data set not prepared" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["run_train.py", "run_sample.py"])
+def test_help_is_complete(program):
+    result = command(program, "--help")
+    assert result.returncode == 0
+    assert "--workdir" in result.stdout
+    if program == "run_train.py":
+        for field in config_lib.FIELDS:
+            assert f"--config.{field.path}=" in result.stdout and field.doc in result.stdout
