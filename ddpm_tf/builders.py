@@ -46,8 +46,10 @@ def build_network(config):
     n = config.network
     if n.name not in NETWORKS:
         raise unknown_name("network.name", n.name, NETWORKS)
+    shape = image_shape(config)
     return NETWORKS[n.name](
-        image_shape(config), ch=n.ch, ch_mult=n.ch_mult, num_res_blocks=n.num_res_blocks,
+        shape, out_channels=shape[-1] * (2 if build_diffusion(config).has_learned_variance else 1),
+        block_size=n.block_size, ch=n.ch, ch_mult=n.ch_mult, num_res_blocks=n.num_res_blocks,
         attn_resolutions=n.attn_resolutions, dropout=n.dropout, resamp_with_conv=n.resamp_with_conv, seed=config.seed,
     )  # fmt: skip
 
@@ -73,7 +75,8 @@ def build_model(config, strategy):
     t = config.train
     with strategy.scope():
         model = DiffusionModel(
-            build_network(config), build_diffusion(config), seed=config.seed, loss=t.loss, ema_decay=t.ema_decay,
+            build_network(config), build_diffusion(config), seed=config.seed, loss=t.loss, loss_weight=t.loss_weight,
+            ema_decay=t.ema_decay,
             grad_clip=t.grad_clip, grad_clip_mode=t.grad_clip_mode,
         )  # fmt: skip
         jit = t.jit_compile == "on" or (t.jit_compile == "auto" and bool(tf.config.list_physical_devices("GPU")))

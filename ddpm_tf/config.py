@@ -36,7 +36,7 @@ FIELDS = (
     Field("diffusion.beta_start", 1e-4, _FIXED, "First beta."),
     Field("diffusion.beta_end", 0.02, _FIXED, "Last beta."),
     Field("diffusion.prediction", "eps", _FIXED, "What the network predicts: eps, x_0, v or x_prev."),
-    Field("diffusion.variance", "fixed_large", _FIXED, "Of p: fixed_large (beta) or fixed_small (posterior)."),
+    Field("diffusion.variance", "fixed_large", _FIXED, "A name of VARIANCES: fixed_large, learned_range, ..."),
     Field("network.name", "unet", _FIXED, "The network: unet (Ho et al. 2020)."),
     Field("network.ch", 128, _FIXED, "Channels of the first level, a multiple of 32."),
     Field("network.ch_mult", (1, 2, 2, 2), _FIXED, "Factor of network.ch per level."),
@@ -44,12 +44,14 @@ FIELDS = (
     Field("network.attn_resolutions", (16,), _FIXED, "Heights at which there is self-attention."),
     Field("network.dropout", 0.0, _FIXED, "Dropout rate, 0 <= rate < 1."),
     Field("network.resamp_with_conv", True, _FIXED, "Resample with a convolution."),
+    Field("network.block_size", 1, _FIXED, "Side of the pixel blocks that become channels; saves memory."),
     Field("train.num_steps", 800_000, _FREE, "Training ends after this many steps."),
     Field("train.log_every", 100, _FREE, "Interval of metrics.jsonl rows, steps; 0: never."),
     Field("train.checkpoint_every", 5000, _FREE, "Interval of checkpoints, steps; 0: only at the end."),
     Field("train.keep_checkpoints", 3, _FREE, "How many of the newest checkpoints are kept."),
     Field("train.sample_every", 5000, _FREE, "Interval of sample grids, steps; 0: only at the end."),
-    Field("train.loss", "simple", _FIXED, "Training loss: simple (Eq. 14)."),
+    Field("train.loss", "simple", _FIXED, "Training loss: simple (Eq. 14), vlb or hybrid."),
+    Field("train.loss_weight", "none", _FIXED, "Weights of loss simple: none, snr, min_snr, p2."),
     Field("train.ema_decay", 0.9999, _FIXED, "Decay of the moving average of the weights, per step."),
     Field("train.grad_clip", 1.0, _FIXED, "Largest global norm of the gradient; 0: no clipping."),
     Field("train.grad_clip_mode", "global", _FIXED, "global, or per_replica (the original's rule)."),
@@ -73,6 +75,7 @@ FIELDS = (
 
 _POSITIVE = (
     "data.image_size", "data.batch_size", "diffusion.num_timesteps", "network.ch", "network.num_res_blocks",
+    "network.block_size",
     "train.num_steps", "train.keep_checkpoints", "train.steps_per_execution", "sample.num_images", "sample.batch_size",
 )  # fmt: skip
 _NOT_NEGATIVE = (

@@ -28,7 +28,9 @@ class GaussianDiffusion:
     Args:
         schedule: the chain, a `Schedule`.
         prediction: what the network predicts: eps, x_0, v or x_prev (the posterior mean, Eq. 7).
-        variance: fixed_large (sigma^2 = beta) or fixed_small (sigma^2 = posterior variance).
+        variance: fixed_large (sigma^2 = beta), fixed_small (sigma^2 = posterior variance), fixed_small_floored (the
+            release's older class: log(1e-20) at t = 0), learned (the network's log-variance) or learned_range (between
+            posterior variance and beta, improved DDPM Eq. 15). A learned one doubles the network's output channels.
         clip: whether x_0 is clipped to [-1, 1] in `p_mean_variance`.
 
     Raises:
@@ -52,7 +54,11 @@ class GaussianDiffusion:
                 "This chain ends at alphas_cumprod = 0 (schedule jsd): prediction 'eps' cannot recover x_0 "
                 "there. Use prediction 'x_0' or 'v'."
             )
-        object.__setattr__(self, "_log_variance", VARIANCES[self.variance](self.schedule))
+
+    @property
+    def has_learned_variance(self):
+        """Whether the network's output is [B, H, W, 2C]: the prediction, then what the variance is made of."""
+        return VARIANCES[self.variance].learned
 
     @property
     def num_timesteps(self):
@@ -60,7 +66,16 @@ class GaussianDiffusion:
         return self.schedule.num_timesteps
 
     def respace(self, kept):
-        """The same model over the shorter chain that visits only the timesteps `kept`."""
+        """The same model over the shorter chain that visits only the timesteps `kept`.
+
+        Raises:
+            InputError: variance `learned`, which is that of single steps of the trained chain.
+        """
+        if VARIANCES[self.variance].single_steps and len(kept) < self.num_timesteps:
+            raise InputError(
+                f"Variance {self.variance!r} was learned for single steps of the {self.num_timesteps}-step chain and "
+                f"says nothing about {len(kept)} longer ones. Sample all steps, or train with 'learned_range'."
+            )
         return dataclasses.replace(self, schedule=self.schedule.respace(kept))
 
     def q_sample(self, x_0, t, eps):
@@ -85,11 +100,28 @@ class GaussianDiffusion:
         )
         return mean, extract(self.schedule.posterior_log_variance_clipped, t, n)
 
+    def split_output(self, output, channels):
+        """(prediction, raw variance or None) of a network's output.
+
+        Raises:
+            InputError: an output whose channels do not fit the variance.
+        """
+        expected = channels * (2 if self.has_learned_variance else 1)
+        if output.shape[-1] != expected:
+            raise InputError(
+                f"With variance {self.variance!r} the network must have {expected} output channels for images of "
+                f"{channels}, found {output.shape[-1]}. Set out_channels of the network."
+            )
+        if not self.has_learned_variance:
+            return output, None
+        return output[..., :channels], output[..., channels:]
+
     def p_mean_variance(self, output, x_t, t, clip=None):
         """p(x_{t-1} | x_t) from the network's output (Eq. 1; for eps the mean is Eq. 11 when nothing is clipped).
 
         Args:
-            output: the network's output at (x_t, t), float32 [B, H, W, C].
+            output: the network's output at (x_t, t), float32 [B, H, W, C], or [B, H, W, 2C] with a learned variance:
+                the prediction first, then the log-variance (learned) or its place in the range (learned_range).
             x_t: float32 [B, H, W, C].
             t: int32 [B], index in this chain, 0-based.
             clip: clip x_0 to [-1, 1]; None: as the object was made.
@@ -98,12 +130,13 @@ class GaussianDiffusion:
             PMeanVariance; its eps is derived from the (clipped) x_0.
         """
         clip = self.clip if clip is None else clip
-        x_0 = PREDICTIONS[self.prediction].to_x_0(self.schedule, x_t, t, output)
+        predicted, raw = self.split_output(output, x_t.shape[-1])
+        x_0 = PREDICTIONS[self.prediction].to_x_0(self.schedule, x_t, t, predicted)
         if clip:
             x_0 = tf.clip_by_value(x_0, -1.0, 1.0)
         if self.prediction == "x_prev" and self.schedule.trained is self.schedule:
-            mean = output  # as in the original: clipping x_0 does not change a mean that is predicted directly
+            mean = predicted  # as in the original: clipping x_0 does not change a mean that is predicted directly
         else:
             mean = self.q_posterior(x_0, x_t, t)[0]
-        log_variance = extract(self._log_variance, t, len(x_t.shape))
+        log_variance = VARIANCES[self.variance].log_variance(self.schedule, raw, t, len(x_t.shape))
         return PMeanVariance(mean, log_variance, x_0, eps_from_x_0(self.schedule, x_t, t, x_0))

@@ -1,22 +1,61 @@
-"""The variance of p(x_{t-1} | x_t), as a log-variance table of the chain (section 3.2)."""
+"""The variance of p(x_{t-1} | x_t), as a log-variance (section 3.2; improved DDPM section 3.1)."""
+
+import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
+from ddpm_tf.diffusion.gaussian import extract
 
-def _fixed_large(schedule):
+_FLOOR = 1e-20
+
+
+@dataclasses.dataclass(frozen=True)
+class Variance:
+    """log_variance(schedule, raw, t, ndim) -> what broadcasts against x_t; raw is the second half of the network's
+    output channels for a learned variance, and None for a fixed one. single_steps: the network learned the variance
+    of single steps of the trained chain, so that a shorter chain cannot use it."""
+
+    log_variance: Callable
+    learned: bool = False
+    single_steps: bool = False
+
+
+def _fixed(table):
+    return Variance(lambda schedule, raw, t, ndim: extract(table(schedule), t, ndim))
+
+
+def _large(schedule):
     # sigma^2 = beta, optimal for x_0 ~ N(0, I). Its first entry is the posterior's second, as in the original:
     # log(beta_0) would make the last step's likelihood needlessly poor.
-    table = np.log(schedule.betas)
-    return np.append(schedule.posterior_log_variance_clipped[0], table[1:])
+    return np.append(schedule.posterior_log_variance_clipped[0], np.log(schedule.betas[1:]))
 
 
-def _fixed_small(schedule):
+def _small(schedule):
     # sigma^2 = the posterior variance, optimal for x_0 set to one point.
     return schedule.posterior_log_variance_clipped
 
 
-# name -> function(schedule) -> log-variance table, float64 [T]
+def _small_floored(schedule):
+    # The release's older class, of the CelebA-HQ and LSUN scripts: log(1e-20) at t = 0.
+    return np.log(np.maximum(schedule.posterior_variance, _FLOOR))
+
+
+def _learned(schedule, raw, t, ndim):
+    return raw
+
+
+def _learned_range(schedule, raw, t, ndim):
+    """Improved DDPM Eq. 15: raw in [-1, 1] goes from the posterior's log-variance to log(beta)."""
+    low, high = (extract(table, t, ndim) for table in (_small(schedule), np.log(schedule.betas)))
+    fraction = (raw + 1.0) / 2.0
+    return fraction * high + (1.0 - fraction) * low
+
+
 VARIANCES = {
-    "fixed_large": _fixed_large,
-    "fixed_small": _fixed_small,
+    "fixed_large": _fixed(_large),
+    "fixed_small": _fixed(_small),
+    "fixed_small_floored": _fixed(_small_floored),
+    "learned": Variance(_learned, learned=True, single_steps=True),
+    "learned_range": Variance(_learned_range, learned=True),
 }

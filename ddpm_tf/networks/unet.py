@@ -30,6 +30,8 @@ class UNet(keras.Model):
         attn_resolutions: heights at which every residual block is followed by self-attention.
         dropout: rate inside the residual blocks.
         resamp_with_conv: resample with a convolution (else average pooling and nearest neighbour alone).
+        block_size: each block_size x block_size block of pixels becomes one pixel with more channels before the first
+            convolution, and back after the last; the heights of the levels are counted after it. Saves memory.
         num_classes: number of labels for a class-conditional network; None: unconditional.
         seed: of the initial weights.
         dtype: a Keras dtype or policy; normalisation statistics and softmax stay float32.
@@ -55,6 +57,7 @@ class UNet(keras.Model):
         dropout=0.0,
         resamp_with_conv=True,
         num_classes=None,
+        block_size=1,
         seed=0,
         dtype=None,
         name="model",
@@ -65,7 +68,8 @@ class UNet(keras.Model):
         self.out_channels = out_channels or self.image_shape[-1]
         self.ch, self.ch_mult, self.num_res_blocks = ch, tuple(ch_mult), num_res_blocks
         self.attn_resolutions, self.dropout = tuple(attn_resolutions), dropout
-        self.resamp_with_conv, self.num_classes, self.seed = resamp_with_conv, num_classes, seed
+        self.resamp_with_conv, self.num_classes = resamp_with_conv, num_classes
+        self.block_size, self.seed = block_size, seed
         self._check()
         self._make_layers()
         # Variables are made by one symbolic call, so that their paths carry the names of all parents.
@@ -79,11 +83,12 @@ class UNet(keras.Model):
 
     def _check(self):
         height, width, _ = self.image_shape
-        factor = 2 ** (len(self.ch_mult) - 1)
+        factor = self.block_size * 2 ** (len(self.ch_mult) - 1)
         if height % factor or width % factor:
+            blocks = f"cut into {self.block_size}x{self.block_size} blocks and " if self.block_size > 1 else ""
             raise InputError(
-                f"An image of {height}x{width} cannot be halved {len(self.ch_mult) - 1} times: height and width "
-                f"must be multiples of {factor}. Change network.ch_mult (it has {len(self.ch_mult)} levels) or "
+                f"An image of {height}x{width} cannot be {blocks}halved {len(self.ch_mult) - 1} times: height and "
+                f"width must be multiples of {factor}. Change network.ch_mult (it has {len(self.ch_mult)} levels) or "
                 "data.image_size."
             )
         bad = [self.ch * m for m in self.ch_mult if self.ch * m % GROUPS] + [self.ch] * (self.ch % GROUPS > 0)
@@ -92,7 +97,7 @@ class UNet(keras.Model):
                 f"network.ch times network.ch_mult gives {bad[0]} channels, which {GROUPS} normalisation groups do "
                 f"not divide; use multiples of {GROUPS}."
             )
-        heights = [height >> level for level in range(len(self.ch_mult))]
+        heights = [height // self.block_size >> level for level in range(len(self.ch_mult))]
         missing = [r for r in self.attn_resolutions if r not in heights]
         if missing:
             raise InputError(
@@ -115,7 +120,7 @@ class UNet(keras.Model):
             return AttnBlock(ch, name=name, **common)
 
         def has_attn(level):
-            return self.image_shape[0] >> level in self.attn_resolutions
+            return self.image_shape[0] // self.block_size >> level in self.attn_resolutions
 
         self.temb = TimeEmbedding(self.ch, num_classes=self.num_classes, **common)
         self.conv_in = self._conv("conv_in", self.ch)
@@ -144,7 +149,7 @@ class UNet(keras.Model):
                 self.up.append(Upsample(ch, with_conv=self.resamp_with_conv, name=f"up_{i}.upsample", **common))
         assert not skips
         self.norm_out = keras.layers.GroupNormalization(GROUPS, epsilon=1e-6, name="norm_out", dtype=self.dtype_policy)
-        self.conv_out = self._conv("conv_out", self.out_channels, ZERO_SCALE)
+        self.conv_out = self._conv("conv_out", self.out_channels * self.block_size**2, ZERO_SCALE)
 
     def _conv(self, name, ch, scale=1.0):
         return keras.layers.Conv2D(
@@ -157,7 +162,8 @@ class UNet(keras.Model):
             raise InputError("Training with dropout needs dropout_seed, int32 [B, 2].")
         seed = dropout_seed if training else None
         temb = self.temb(inputs["t"], inputs.get("labels"))  # [B, 4 ch]
-        h = self.conv_in(inputs["x_t"])
+        x_t = inputs["x_t"]
+        h = self.conv_in(x_t if self.block_size == 1 else tf.nn.space_to_depth(x_t, self.block_size))
 
         # A skip is kept after conv_in, after every residual block with its attention, and after downsampling.
         skips = [h]
@@ -173,7 +179,8 @@ class UNet(keras.Model):
             else:
                 h = layer(h)
         assert not skips
-        return tf.cast(self.conv_out(swish(self.norm_out(h))), tf.float32)
+        h = tf.cast(self.conv_out(swish(self.norm_out(h))), tf.float32)
+        return h if self.block_size == 1 else tf.nn.depth_to_space(h, self.block_size)
 
     def get_config(self):
         return {
@@ -186,6 +193,7 @@ class UNet(keras.Model):
             "dropout": self.dropout,
             "resamp_with_conv": self.resamp_with_conv,
             "num_classes": self.num_classes,
+            "block_size": self.block_size,
             "seed": self.seed,
             "dtype": keras.saving.serialize_keras_object(self.dtype_policy),
             "name": self.name,

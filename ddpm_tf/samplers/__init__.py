@@ -4,9 +4,10 @@ from ddpm_tf.diffusion.schedules import space_timesteps
 from ddpm_tf.errors import InputError, unknown_name
 from ddpm_tf.samplers.ancestral import AncestralSampler
 from ddpm_tf.samplers.ddim import DDIMSampler
+from ddpm_tf.samplers.interpolation import interpolate
 from ddpm_tf.samplers.loop import Samples, Trace, sample
 
-__all__ = ["SAMPLERS", "Samples", "Trace", "make_sampler", "sample"]
+__all__ = ["SAMPLERS", "Samples", "Trace", "interpolate", "make_sampler", "sample"]
 
 SAMPLERS = {"ddpm": AncestralSampler, "ddim": DDIMSampler}
 

@@ -74,7 +74,7 @@ def run_loop(sampler, denoise_fn, x, seeds, state=(), *, start=None, stop=0, noi
     return x, x_0, state
 
 
-def sample(network, sampler, seeds, *, labels=None, trace=0):
+def sample(network, sampler, seeds, *, labels=None, trace=0, shared_noise_steps=-1):
     """Images from seeds: seed s is the same image in any batch, on any device.
 
     Args:
@@ -83,12 +83,14 @@ def sample(network, sampler, seeds, *, labels=None, trace=0):
         seeds: int64 [N], one per image.
         labels: int32 [N], for a class-conditional network.
         trace: keep the states of every `trace` steps (1: all of them); 0: none.
+        shared_noise_steps: k >= 0: all images start from the first one's x_T and share its noise for the first k steps
+            (Fig. 7 of the paper); -1: nothing is shared.
 
     Returns:
         Samples.
 
     Raises:
-        InputError: no seeds, labels that do not match the network, a negative trace.
+        InputError: no seeds, labels that do not match the network, a negative trace, k outside -1..S.
     """
     seeds = np.asarray(seeds, np.int64)
     if seeds.ndim != 1 or seeds.size == 0:
@@ -101,17 +103,39 @@ def sample(network, sampler, seeds, *, labels=None, trace=0):
         )
     if trace < 0:
         raise InputError(f"trace must be 0 (none) or a number of steps, found {trace}.")
+    if not -1 <= shared_noise_steps <= sampler.num_steps:
+        raise InputError(f"shared_noise_steps must be within -1..{sampler.num_steps}, found {shared_noise_steps}.")
     conditions = {} if labels is None else {"labels": tf.constant(labels, tf.int32)}
     start, run = _compiled(network, sampler)
+    shared = tf.fill(seeds.shape, seeds[0])
     seeds = tf.constant(seeds)
-    x, state = start(seeds)
+    x, state = start(shared if shared_noise_steps >= 0 else seeds)
 
     def advance(x, state, start, stop):
-        return run(x, seeds, conditions, state, tf.constant(start), tf.constant(stop))
+        middle = min(start, max(stop, sampler.num_steps - shared_noise_steps))
+        x_0 = x
+        for of_seeds, top, bottom in ((shared, start, middle), (seeds, middle, stop)):
+            if top > bottom:
+                x, x_0, state = run(x, of_seeds, conditions, state, tf.constant(top), tf.constant(bottom))
+        return x, x_0, state
 
     if trace:
         return _traced(advance, x, state, sampler.num_steps, trace)
     return Samples(advance(x, state, sampler.num_steps, 0)[0].numpy(), None)
+
+
+def denoise_from(network, sampler, x, seeds, *, start):
+    """Run the steps start - 1 ... 0 on x, the state at index `start` of an unconditional network's chain.
+
+    Args:
+        x: float32 [N, H, W, C]; seeds: int64 [N], of the steps' noise; start: 1 <= start <= S.
+
+    Returns:
+        float32 [N, H, W, C].
+    """
+    begin, run = _compiled(network, sampler)
+    _, state = begin(seeds)
+    return run(x, seeds, {}, state, tf.constant(start), tf.constant(0))[0].numpy()
 
 
 def _traced(advance, x, state, num_steps, every):

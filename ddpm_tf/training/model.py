@@ -4,7 +4,7 @@ import keras
 import tensorflow as tf
 
 from ddpm_tf import rng
-from ddpm_tf.diffusion.losses import LOSSES
+from ddpm_tf.diffusion.losses import make_loss
 from ddpm_tf.errors import InputError, unknown_name
 from ddpm_tf.training.ema import make_ema_network, update_ema
 
@@ -22,7 +22,8 @@ class DiffusionModel(keras.Model):
         network: a network as `UNet`.
         diffusion: GaussianDiffusion.
         seed: int64, of the timesteps, the noise and the dropout masks.
-        loss: name of the loss per example, a key of `losses.LOSSES`.
+        loss: simple, vlb or hybrid, see `losses`.
+        loss_weight: weight of the timesteps in the simple loss: none, snr, min_snr or p2.
         ema_decay: decay of the moving average, per step, in [0, 1).
         grad_clip: largest global norm of the gradient; 0: no clipping.
         grad_clip_mode: global (the norm of the whole batch's gradient; the result does not depend on the number of
@@ -44,13 +45,13 @@ class DiffusionModel(keras.Model):
         *,
         seed=0,
         loss="simple",
+        loss_weight="none",
         ema_decay=0.9999,
         grad_clip=1.0,
         grad_clip_mode="global",
     ):
         super().__init__(name="diffusion_model")
-        if loss not in LOSSES:
-            raise unknown_name("loss", loss, LOSSES)
+        self._per_example_loss = make_loss(loss, diffusion, weight=loss_weight)
         if grad_clip_mode not in GRAD_CLIP_MODES:
             raise unknown_name("grad_clip_mode", grad_clip_mode, GRAD_CLIP_MODES)
         if not 0 <= ema_decay < 1 or grad_clip < 0:
@@ -60,7 +61,6 @@ class DiffusionModel(keras.Model):
         self.network, self.ema_network = network, make_ema_network(network)
         self.diffusion, self.seed, self.ema_decay = diffusion, seed, ema_decay
         self.grad_clip, self.grad_clip_mode = grad_clip, grad_clip_mode
-        self._per_example_loss = LOSSES[loss]
         self.built = True
 
     def compile(self, optimizer, *, jit_compile=False, steps_per_execution=1):

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from ddpm_tf.diffusion import losses
 from ddpm_tf.diffusion.prediction import PREDICTIONS
 from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.diffusion.schedules import Schedule, make_betas
+from ddpm_tf.diffusion.variance import VARIANCES
 from ddpm_tf.errors import InputError
 
 ORIGINAL_NAMES = {"eps": "eps", "x_0": "xstart", "x_prev": "xprev"}
@@ -42,16 +42,56 @@ def test_p_mean_variance_matches_the_original(reference, prediction, variance, c
     np.testing.assert_allclose(table[reference["t"]], reference[f"{prefix}_variance"][:, 0, 0, 0], atol=FLOAT32)
 
 
-@pytest.mark.parametrize("variance", sorted(FIXED))
+@pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("prediction", sorted(ORIGINAL_NAMES))
-def test_simple_loss_matches_the_original(reference, prediction, variance):
-    diffusion = reference.diffusion(prediction=prediction, variance=variance)
-    loss = losses.simple(
-        diffusion, reference.output("q_sample"), x_0=reference["x0"], x_t=reference["q_sample"], t=reference["t"],
-        eps=reference["eps"],
-    )  # fmt: skip
-    name = f"loss_{ORIGINAL_NAMES[prediction]}_{FIXED[variance]}_mse"
-    np.testing.assert_allclose(loss, reference[name], atol=FLOAT32, rtol=1e-5)
+def test_learned_variance_matches_the_original(reference, prediction, clip):
+    diffusion = reference.diffusion(prediction=prediction, variance="learned")
+    channels = reference.args["C"]
+    output = reference.output(out_channels=2 * channels)
+    p = diffusion.p_mean_variance(output, reference["x_t"], reference["t"], clip=clip)
+    prefix = f"p_{ORIGINAL_NAMES[prediction]}_learned_clip{int(clip)}"
+    # Here the network runs too. It agrees to 3e-6, and getting x_0 from x_prev divides that by coef1, down to 0.03.
+    tolerance = 3e-6 / diffusion.schedule.posterior_mean_coef1.min() if prediction == "x_prev" else FLOAT32
+    np.testing.assert_allclose(p.mean, reference[f"{prefix}_mean"], atol=FLOAT32)
+    np.testing.assert_allclose(p.x_0, reference[f"{prefix}_pred_xstart"], atol=tolerance)
+    np.testing.assert_allclose(p.log_variance, reference[f"{prefix}_log_variance"], atol=FLOAT32)
+    np.testing.assert_allclose(np.exp(p.log_variance), reference[f"{prefix}_variance"], atol=FLOAT32, rtol=1e-5)
+
+
+def test_the_older_class_of_the_release_matches_the_original(reference):
+    diffusion = reference.diffusion(variance="fixed_small_floored")
+    p = diffusion.p_mean_variance(reference["unet_out"], reference["x_t"], reference["t"])
+    np.testing.assert_allclose(p.mean, reference["d1_p_mean"], atol=FLOAT32)
+    np.testing.assert_allclose(p.log_variance, reference["d1_p_logvar"], atol=FLOAT32)
+    variance = diffusion.schedule.posterior_variance[reference["t"]]
+    np.testing.assert_allclose(variance, reference["d1_p_var"].ravel(), atol=FLOAT32)
+    assert float(p.log_variance[0, 0, 0, 0]) == np.float32(np.log(1e-20))  # the first example has t = 0
+
+
+def test_learned_range_spans_posterior_variance_to_beta():
+    """Improved DDPM Eq. 15: raw -1 gives the posterior's log-variance, 1 gives log(beta), 0 the middle."""
+    schedule = Schedule(make_betas("linear", 1000))
+    diffusion = GaussianDiffusion(schedule, variance="learned_range")
+    x_t, t = tf.zeros([3, 1, 1, 1]), tf.constant([0, 10, 999])
+    for raw, of_beta in ((-1.0, 0.0), (1.0, 1.0), (0.0, 0.5)):
+        output = tf.concat([x_t, tf.fill([3, 1, 1, 1], raw)], axis=-1)
+        low, high = schedule.posterior_log_variance_clipped[t], np.log(schedule.betas[t])
+        log_variance = diffusion.p_mean_variance(output, x_t, t).log_variance
+        np.testing.assert_allclose(log_variance[:, 0, 0, 0], of_beta * high + (1 - of_beta) * low, rtol=1e-6)
+
+
+def test_learned_variance_says_nothing_about_a_shorter_chain():
+    schedule = Schedule(make_betas("linear", 1000))
+    with pytest.raises(InputError, match="train with 'learned_range'"):
+        GaussianDiffusion(schedule, variance="learned").respace(range(0, 1000, 10))
+    assert GaussianDiffusion(schedule, variance="learned_range").respace(range(0, 1000, 10)).num_timesteps == 100
+
+
+@pytest.mark.parametrize("variance", ["fixed_large", "learned"])
+def test_an_output_of_other_channels_is_refused(variance):
+    diffusion = GaussianDiffusion(Schedule(make_betas("linear", 1000)), variance=variance)
+    with pytest.raises(InputError, match="output channels for images of 2, found 3"):
+        diffusion.p_mean_variance(tf.zeros([1, 4, 4, 3]), tf.zeros([1, 4, 4, 2]), tf.constant([0]))
 
 
 def test_q_posterior_matches_bayes_rule():
@@ -110,8 +150,9 @@ def test_clipping_is_a_default_that_a_call_can_override():
 
 def test_fixed_large_and_small_bracket_the_optimum():
     schedule = Schedule(make_betas("linear", 1000))
-    large, small = (GaussianDiffusion(schedule, variance=v)._log_variance for v in ("fixed_large", "fixed_small"))
-    np.testing.assert_allclose(large[1:], np.log(schedule.betas[1:]))
+    t = np.arange(1000)
+    large, small = (VARIANCES[v].log_variance(schedule, None, t, 1).numpy() for v in ("fixed_large", "fixed_small"))
+    np.testing.assert_allclose(large[1:], np.log(schedule.betas[1:]), rtol=1e-6)
     assert (large[1:] > small[1:]).all() and large[0] == small[0]
 
 

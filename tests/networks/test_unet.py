@@ -120,6 +120,7 @@ def test_dropout_keeps_the_mean_and_differs_between_layers():
     [
         ((30, 30, 3), {}, "multiples of 8"),
         ((32, 30, 3), {}, "multiples of 8"),
+        ((40, 40, 3), {"block_size": 2}, "cut into 2x2 blocks and halved 3 times.*multiples of 16"),
         ((32, 32, 3), {"ch": 48}, "48 channels, which 32"),
         ((32, 32, 3), {"attn_resolutions": (7,)}, r"height 7, but the levels have heights \[32, 16, 8, 4\]"),
         ((32, 32, 3), {"dropout": 1.0}, r"within \[0, 1\), found 1.0"),
@@ -135,3 +136,16 @@ def test_statistics_and_softmax_stay_float32_under_bfloat16():
     assert {v.dtype for v in network.variables} == {"float32"}
     output = network({"x_t": tf.ones((1, 8, 8, 1)), "t": tf.constant([3])})
     assert output.dtype == tf.float32 and np.isfinite(output).all()
+
+
+def test_blocks_of_pixels_become_channels():
+    """block_size 2 is the network of half the size on rearranged pixels."""
+    kwargs = {**TINY, "attn_resolutions": (2,)}
+    blocks, plain = UNet((8, 8, 3), block_size=2, **kwargs), UNet((4, 4, 12), **kwargs)
+    weights = [tf.random.stateless_normal(w.shape, (1, k)) * 0.1 for k, w in enumerate(plain.get_weights())]
+    blocks.set_weights(weights)
+    plain.set_weights(weights)
+    x, t = tf.random.stateless_normal((2, 8, 8, 3), (0, 0)), tf.constant([1, 2])
+    expected = tf.nn.depth_to_space(plain({"x_t": tf.nn.space_to_depth(x, 2), "t": t}), 2)
+    np.testing.assert_array_equal(blocks({"x_t": x, "t": t}), expected)
+    assert UNet.from_config(blocks.get_config()).block_size == 2

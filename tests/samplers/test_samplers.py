@@ -6,8 +6,9 @@ import tensorflow as tf
 
 from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.diffusion.schedules import Schedule, make_betas
+from ddpm_tf.diffusion.variance import VARIANCES
 from ddpm_tf.errors import InputError
-from ddpm_tf.samplers import SAMPLERS, make_sampler, sample
+from ddpm_tf.samplers import SAMPLERS, interpolate, make_sampler, sample
 from ddpm_tf.samplers.loop import initial_noise, run_loop, step_noise
 
 MU, S = 0.4, 0.5
@@ -61,7 +62,10 @@ def test_ancestral_moments_follow_the_linear_recursion(variance, num_steps):
     diffusion = GaussianDiffusion(SCHEDULE, variance=variance, clip=False)
     sampler = make_sampler("ddpm", diffusion, num_steps=num_steps)
     a, noise_variance, c = affine_response(sampler)
-    mean, total = recursion(sampler.diffusion.schedule, sampler.diffusion._log_variance)
+    schedule = sampler.diffusion.schedule
+    mean, total = recursion(
+        schedule, VARIANCES[variance].log_variance(schedule, None, np.arange(len(schedule.betas)), 1)
+    )
     np.testing.assert_allclose(c, mean, atol=1e-5)
     np.testing.assert_allclose(a**2 + noise_variance, total, atol=1e-5)
 
@@ -228,3 +232,70 @@ def test_settings_that_cannot_be_are_refused(name, kwargs, message):
 def test_calls_that_cannot_be_are_refused(small_network, seeds, kwargs, message):
     with pytest.raises(InputError, match=message):
         sample(small_network, make_sampler("ddim", GaussianDiffusion(SCHEDULE), num_steps=2), seeds, **kwargs)
+
+
+def test_shared_noise_steps_share_the_beginning(small_network):
+    """Fig. 7: the first k steps are the same for all images; -1 shares nothing, 0 shares x_T alone."""
+    sampler = make_sampler("ddpm", GaussianDiffusion(SCHEDULE), num_steps=6)
+
+    def states(k):
+        trace = sample(small_network, sampler, [8, 9], trace=1, shared_noise_steps=k).trace
+        assert trace.x_t.shape[0] == 7  # S + 1 states
+        return trace.x_t[::-1]  # from x_T on
+
+    for k in (0, 2, 6):
+        x = states(k)
+        np.testing.assert_allclose(x[: k + 1, 0], x[: k + 1, 1], atol=1e-6)
+        assert k == 6 or not np.allclose(x[k + 1, 0], x[k + 1, 1])
+        np.testing.assert_array_equal(x[:, 0], states(-1)[:, 0])  # the first image is always its own
+    assert not np.allclose(*states(-1)[0])
+    with pytest.raises(InputError, match=r"within -1\.\.6, found 7"):
+        states(7)
+
+
+def test_progressive_slots_hold_the_x_0_of_every_nth_index(small_network):
+    sampler = make_sampler("ddpm", GaussianDiffusion(SCHEDULE), num_steps=10)
+    every = sample(small_network, sampler, [4], trace=1).trace
+    third = sample(small_network, sampler, [4], trace=3)
+    np.testing.assert_array_equal(third.trace.x_0, every.x_0[::3])
+    np.testing.assert_allclose(third.trace.x_0[0], third.images, atol=1e-6)
+
+
+def test_interpolation_ends_are_reconstructions_and_the_noise_is_as_said(small_network):
+    sampler = make_sampler("ddpm", GaussianDiffusion(SCHEDULE), num_steps=10)
+    x_a, x_b = np.full((8, 8, 1), -0.5, np.float32), np.full((8, 8, 1), 0.5, np.float32)
+
+    def run(lambdas, a=x_a, b=x_b, **kwargs):
+        return interpolate(small_network, sampler, a, b, t=4, lambdas=lambdas, seed=1, **kwargs)
+
+    fixed = run([0.0, 0.0, 0.5, 1.0], fixed_noise=True)
+    np.testing.assert_allclose(fixed[0], fixed[1], atol=1e-6)
+    # The other end plays no part; another batch size rounds differently.
+    np.testing.assert_allclose(run([0.0], b=x_a * 0, fixed_noise=True)[0], fixed[0], atol=1e-5)
+    np.testing.assert_allclose(run([1.0], a=x_b * 0, fixed_noise=True)[0], fixed[3], atol=1e-5)
+    anew = run([0.0, 0.0])
+    assert not np.allclose(anew[0], anew[1])
+    for kwargs, message in (
+        ({"lambdas": [0.5, 1.5]}, r"within 0\.\.1"),
+        ({"lambdas": []}, r"within 0\.\.1"),
+        ({"lambdas": [0.5], "a": x_a[:4]}, r"must have shape \[8, 8, 1\], found \[4, 8, 1\]"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(**kwargs)
+    with pytest.raises(InputError, match=r"t must be within 0\.\.9, found 10"):
+        interpolate(small_network, sampler, x_a, x_b, t=10, lambdas=[0.5])
+
+
+def test_interpolating_at_the_first_step_is_mixing_the_images():
+    """Diffused for one step of a fine chain, and denoised by the closed form, the mixture comes back."""
+    sampler = make_sampler("ddim", GaussianDiffusion(SCHEDULE))
+    x_a, x_b = np.full((8, 8, 1), -0.5, np.float32), np.full((8, 8, 1), 0.3, np.float32)
+
+    class Zero:  # predicts eps = 0: x_0 = x_t / sqrt(abar)
+        image_shape, num_classes = (8, 8, 1), None
+
+        def __call__(self, inputs, training=False):
+            return tf.zeros_like(inputs["x_t"])
+
+    images = interpolate(Zero(), sampler, x_a, x_b, t=0, lambdas=[0.25])
+    assert abs(images.mean() - (-0.3)) < 5 * 0.01 / 8  # the noise has deviation 0.01 at t = 0

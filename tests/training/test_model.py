@@ -165,6 +165,7 @@ def test_the_moving_average_starts_as_a_copy_and_is_not_trained():
     ("kwargs", "message"),
     [
         ({"loss": "l1"}, "Unknown loss 'l1'"),
+        ({"loss": "hybrid"}, "Loss 'hybrid' makes no sense with variance 'fixed_large'"),
         ({"grad_clip_mode": "local"}, "Unknown grad_clip_mode 'local'"),
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"grad_clip": -1.0}, "grad_clip"),
