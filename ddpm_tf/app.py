@@ -1,14 +1,39 @@
 """How the absl mains start and end: flags that cannot be used leave with 2 and one message, no traceback."""
 
+import contextlib
 import os
 import sys
+import tempfile
 
 from absl import app, flags, logging
 
 from ddpm_tf import config as config_lib
 from ddpm_tf.errors import InputError
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is first imported
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+@contextlib.contextmanager
+def _quiet_stderr():
+    """Hold back what C++ writes to stderr, which no log level silences; an exception brings it out."""
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(saved, held.read())
+            raise
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+with _quiet_stderr():  # the first import of TensorFlow and the first look for GPUs write a screenful
+    import tensorflow as tf
+
+    tf.config.list_physical_devices()
 
 flags.DEFINE_bool("debug", False, "Show the traceback of an error.", allow_override=True)
 

@@ -42,13 +42,14 @@ def build_diffusion(config):
     return GaussianDiffusion(Schedule(betas), prediction=d.prediction, variance=d.variance, clip=config.sample.clip)
 
 
-def build_network(config):
+def build_network(config, diffusion):
+    """The network, with the output channels that the diffusion's variance needs."""
     n = config.network
     if n.name not in NETWORKS:
         raise unknown_name("network.name", n.name, NETWORKS)
     shape = image_shape(config)
     return NETWORKS[n.name](
-        shape, out_channels=shape[-1] * (2 if build_diffusion(config).has_learned_variance else 1),
+        shape, out_channels=shape[-1] * (2 if diffusion.has_learned_variance else 1),
         block_size=n.block_size, ch=n.ch, ch_mult=n.ch_mult, num_res_blocks=n.num_res_blocks,
         attn_resolutions=n.attn_resolutions, dropout=n.dropout, resamp_with_conv=n.resamp_with_conv, seed=config.seed,
     )  # fmt: skip
@@ -73,9 +74,10 @@ def build_model(config, strategy):
             f"{' or '.join(nearest)}."
         )
     t = config.train
+    diffusion = build_diffusion(config)
     with strategy.scope():
         model = DiffusionModel(
-            build_network(config), build_diffusion(config), seed=config.seed, loss=t.loss, loss_weight=t.loss_weight,
+            build_network(config, diffusion), diffusion, seed=config.seed, loss=t.loss, loss_weight=t.loss_weight,
             ema_decay=t.ema_decay,
             grad_clip=t.grad_clip, grad_clip_mode=t.grad_clip_mode,
         )  # fmt: skip

@@ -22,7 +22,7 @@ _FREE, _FIXED = True, False
 
 FIELDS = (
     Field("seed", 0, _FIXED, "Seed of the initial weights, data order, timesteps, noise and dropout."),
-    Field("data.source", "digits", _FIXED, "digits, folder:PATH, npz:PATH or tfds:NAME."),
+    Field("data.source", "digits", _FIXED, "digits, folder:PATH, npz:PATH, tfds:NAME or tfrecord:PATH."),
     Field("data.split", "train", _FIXED, "Split of a TFDS data set."),
     Field("data.data_dir", "", _FREE, "Where TFDS data sets are prepared; empty: TFDS' own default."),
     Field("data.image_size", 32, _FIXED, "Height of the images, pixels."),
@@ -103,6 +103,12 @@ def get(config, path):
     return config
 
 
+def put(config, path, value):
+    """Set the value at a dotted path."""
+    section, _, name = path.rpartition(".")
+    (config[section] if section else config)[name] = value
+
+
 def validate(config):
     """Raise InputError for values that no run can have; names are checked where they are used."""
     problems = [f"{p} must be at least 1, found {get(config, p)}" for p in _POSITIVE if get(config, p) < 1]
@@ -144,10 +150,8 @@ def from_json(text, origin):
             f"{origin} was written by another version: fields unknown here {unknown}, fields missing there {missing}."
         )
     for path, value in values.items():
-        section, _, name = path.rpartition(".")
-        value = tuple(value) if isinstance(value, list) else value
         try:
-            (config[section] if section else config)[name] = value
+            put(config, path, tuple(value) if isinstance(value, list) else value)
         except (TypeError, ValueError) as e:
             raise InputError(f"{origin}: {path} cannot be {value!r}: {e}") from e
     return config

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image, ImageOps
 
+from ddpm_tf.data.tfrecords import TFRecordSource
 from ddpm_tf.errors import InputError, unknown_name
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
@@ -203,7 +204,29 @@ class _RandomAccessSource:
         return [np.stack([x[k] for x in examples]).astype(dtypes[k]) for k in self._keys]
 
 
-SOURCES = {"digits": load_digits, "folder": load_folder, "npz": load_npz, "tfds": load_tfds}
+def load_tfrecord(path, options):
+    """A TFRecord file as StyleGAN2 makes them, or every *.tfrecord(s) file of a folder, in the byte order of the names."""
+    paths = [path]
+    if os.path.isdir(path):
+        names = sorted((n for n in os.listdir(path) if n.endswith((".tfrecord", ".tfrecords"))), key=os.fsencode)
+        paths = [os.path.join(path, name) for name in names]
+    if not paths or not os.path.isfile(paths[0]):
+        raise InputError(
+            f"data.source names {path!r}, which is no TFRecord file and no folder of *.tfrecord or *.tfrecords files."
+        )
+    source = TFRecordSource(paths, options.image_shape)
+    if options.fits_in_memory(source.num_examples):
+        return ArraySource(source.decode(range(source.num_examples)))
+    return source
+
+
+SOURCES = {
+    "digits": load_digits,
+    "folder": load_folder,
+    "npz": load_npz,
+    "tfds": load_tfds,
+    "tfrecord": load_tfrecord,
+}
 
 
 class Options(NamedTuple):
@@ -223,7 +246,7 @@ def load_source(name, *, image_shape, split="train", data_dir="", download=False
     """A data source by name.
 
     Args:
-        name: digits, folder:PATH, npz:PATH or tfds:NAME.
+        name: digits, folder:PATH, npz:PATH, tfds:NAME or tfrecord:PATH.
         image_shape: (H, W, C) that the network expects; a folder's images are cut and shrunk to it, any
             other source has to have it.
         split, data_dir, download: for tfds: which split, where it is prepared, and whether to fetch it.

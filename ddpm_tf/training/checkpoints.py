@@ -7,7 +7,6 @@ import shutil
 import uuid
 
 from ddpm_tf.bundles import read_bundle, write_bundle
-from ddpm_tf.errors import InputError
 
 _STEP = re.compile(r"step_(\d{12})$")
 _BUNDLE = "state"
@@ -68,24 +67,3 @@ def restore_latest(folder):
     if not steps:
         return None
     return steps[-1], read_bundle(os.path.join(step_folder(folder, steps[-1]), _BUNDLE))
-
-
-def assign(variables, tensors, origin):
-    """Give every variable its array; the names and shapes have to agree exactly.
-
-    Raises:
-        InputError: naming what is missing, left over or of another shape.
-    """
-    missing, extra = sorted(variables.keys() - tensors.keys()), sorted(tensors.keys() - variables.keys())
-    shapes = [
-        f"{name}: {tensors[name].shape} there, {tuple(v.shape)} here"
-        for name, v in variables.items()
-        if name in tensors and tensors[name].shape != tuple(v.shape)
-    ]
-    if missing or extra or shapes:
-        raise InputError(
-            f"{origin} does not fit this model:\n  missing there: {missing[:8]}\n  unknown here: {extra[:8]}\n"
-            f"  other shapes: {shapes[:8]}"
-        )
-    for name, variable in variables.items():
-        variable.assign(tensors[name])

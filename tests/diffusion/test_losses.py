@@ -13,8 +13,8 @@ VARIANCES = {"fixed_large": "fixedlarge", "fixed_small": "fixedsmall", "learned"
 SCHEDULE = Schedule(make_betas("linear", 1000))
 
 
-# The likelihood at t = 0 takes the mass of a bin as a difference of two float32 numbers near 1: in the tails a change of
-# the network's output by 1e-7 moves it by 5e-5, relative, here and in the original (shown below).
+# The likelihood at t = 0 takes the mass of a bin as a difference of two float32 numbers near 1: in the tails a change
+# of the network's output by 1e-7 moves it by 5e-5, relative, here and in the original (shown below).
 LIKELIHOOD_RTOL = 1e-4
 
 

@@ -1,0 +1,1 @@
+"""Weights from and to other programs' files, read as data only."""

@@ -1,0 +1,243 @@
+"""UNet2DModel folders: a small one made by diffusers itself (benchmarks/diffusers_reference.py), and damaged ones."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from ddpm_tf import experiment
+from ddpm_tf.convert.diffusers import load_diffusers, read_architecture, save_diffusers
+from ddpm_tf.errors import InputError
+from ddpm_tf.networks import UNet
+from tests.conftest import DATA, drawn_weight
+
+SMALL = Path(DATA) / "diffusers_small"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+OLD_KEYS = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def output(network):
+    with np.load(SMALL / "output.npz") as arrays:
+        return network({"x_t": arrays["x_t"], "t": arrays["t"].astype(np.int32)}).numpy(), arrays["output"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("config.json", WEIGHTS):
+        shutil.copy(SMALL / name, tmp_path / "in" / name)
+    return tmp_path / "in"
+
+
+def rename_to_old_keys(folder):
+    arrays = {}
+    for key, array in load_file(folder / WEIGHTS).items():
+        for new, old in OLD_KEYS.items():
+            key = key.replace(f".{new}.", f".{old}.")
+        arrays[key] = array
+    assert any(".query." in key for key in arrays)
+    save_file(arrays, folder / WEIGHTS)
+
+
+def test_the_output_is_that_of_diffusers():
+    ours, theirs = output(load_diffusers(SMALL))
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_old_attention_keys_and_a_file_instead_of_a_folder(folder):
+    rename_to_old_keys(folder)
+    ours, theirs = output(load_diffusers(folder / WEIGHTS))
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_out_and_back_is_the_identity(tmp_path):
+    network = UNet(
+        (8, 16, 1), ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), out_channels=2, dropout=0.1
+    )
+    for v in network.variables:
+        v.assign(drawn_weight(v.path, v.shape, 0))
+    save_diffusers(network, tmp_path / "out")
+    back = load_diffusers(tmp_path / "out")
+    for a, b in zip(network.variables, back.variables, strict=True):
+        np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.path)
+    ours, theirs = network.get_config(), back.get_config()
+    assert ours == theirs
+    assert load_file(tmp_path / "out" / WEIGHTS).keys() == expected_keys(network)
+    with pytest.raises(InputError, match="not an empty folder"):
+        save_diffusers(network, tmp_path / "out")
+
+
+def expected_keys(network):
+    from ddpm_tf.convert.diffusers import diffusers_name
+
+    return {diffusers_name(v.path, len(network.ch_mult)) for v in network.variables}
+
+
+def test_keys_and_config_written_are_those_of_diffusers(tmp_path):
+    save_diffusers(load_diffusers(SMALL), tmp_path / "out")
+    theirs, ours = load_file(SMALL / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
+    assert theirs.keys() == ours.keys()
+    for key, array in theirs.items():
+        np.testing.assert_array_equal(array, ours[key], err_msg=key)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    original = json.loads((SMALL / "config.json").read_text())
+    assert {k: v for k, v in config.items() if not k.startswith("_")}.items() <= original.items()
+
+
+@pytest.mark.slow
+def test_a_workdir_that_samples(folder, tmp_path):
+    report = experiment.import_diffusers(str(folder), str(tmp_path / "w"), reference=str(SMALL / "output.npz"))
+    assert "Largest difference to the reference output" in report and "run_sample.py --workdir=" in report
+    out = experiment.sample_images(str(tmp_path / "w"), sampler="ddim", num_steps=2, num_images=1)
+    assert (Path(out) / "samples.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"num_classes": 3}, "num_classes=3"), ({"block_size": 2, "attn_resolutions": (4,)}, "block_size=2"),
+     ({"resamp_with_conv": False}, "resamp_with_conv=False")],
+)  # fmt: skip
+def test_networks_that_diffusers_has_no_place_for(tmp_path, arguments, message):
+    network = UNet(
+        (8, 8, 1), **{"ch": 32, "ch_mult": (1, 1), "num_res_blocks": 1, "attn_resolutions": (8,), **arguments}
+    )
+    with pytest.raises(InputError, match=message):
+        save_diffusers(network, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def weights(change):
+    def damage(folder):
+        arrays = load_file(folder / WEIGHTS)
+        change(arrays)
+        save_file(arrays, folder / WEIGHTS)
+
+    return damage
+
+
+def header(change):
+    """Rewrite the file's JSON header, leaving the data."""
+
+    def damage(folder):
+        data = (folder / WEIGHTS).read_bytes()
+        length = struct.unpack("<Q", data[:8])[0]
+        parsed = json.loads(data[8 : 8 + length])
+        change(parsed)
+        text = json.dumps(parsed).encode()
+        (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+    return damage
+
+
+def raw(change):
+    return lambda folder: (folder / WEIGHTS).write_bytes(change((folder / WEIGHTS).read_bytes()))
+
+
+def config(**values):
+    def damage(folder):
+        parsed = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**parsed, **values}))
+
+    return damage
+
+
+def pickled(folder):
+    import pickle
+
+    (folder / WEIGHTS).write_bytes(pickle.dumps({"conv_in.weight": [1.0]}))
+
+
+KEY = "conv_in.weight"
+Q = "mid_block.attentions.0.to_q.weight"
+DAMAGES = {
+    "cut in half": (raw(lambda d: d[: len(d) // 2]), "damaged"),
+    "cut in the header": (raw(lambda d: d[:100]), "its header claims"),
+    "empty": (raw(lambda d: b""), "its header claims"),
+    "bytes appended": (raw(lambda d: d + b"x" * 8), "damaged"),
+    "header length of 2^63": (raw(lambda d: struct.pack("<Q", 2**63) + d[8:]), "its header claims 9,223"),
+    "header length 0": (raw(lambda d: bytes(8) + d[8:]), "its header claims 0"),
+    "header of another encoding": (raw(lambda d: d[:8] + b"\xff" * 20 + d[28:]), "damaged"),
+    "an offset past the end": (header(lambda h: h[KEY].update(data_offsets=[0, 2**40])), "damaged"),
+    "a shape that lies": (header(lambda h: h[KEY].update(shape=[2**20, 2**20])), "damaged"),
+    "an overlap": (header(lambda h: h[KEY].update(data_offsets=h[Q]["data_offsets"])), "damaged"),
+    "another dtype": (header(lambda h: h[KEY].update(dtype="I32")), "I32, expected F32"),
+    "a pickle with this suffix": (pickled, "its header claims|damaged"),
+    "a missing weight": (weights(lambda a: a.pop(KEY)), f"{KEY} +missing in the file"),
+    "an extra weight": (weights(lambda a: a.update(extra=np.zeros(3, np.float32))), "extra .*no such weight here"),
+    "a transposed weight": (
+        weights(lambda a: a.update({KEY: a[KEY].transpose(1, 0, 2, 3).copy()})), r"\[3, 32, 3, 3\] in the file",
+    ),
+    "both key styles": (
+        weights(lambda a: a.update({Q.replace("to_q", "query"): a[Q]})), "under its old and its new key",
+    ),
+    "a NaN": (weights(lambda a: a[KEY].__setitem__((0, 0, 0, 0), np.nan)), "not finite"),
+    "another architecture": (config(block_out_channels=[32, 64]), "names disagree"),
+    "padding of another network": (config(downsample_padding=1), "downsample_padding is 1"),
+    "another epsilon": (config(norm_eps=1e-5), "norm_eps is 1e-05"),
+    "another class": (config(_class_name="UNet2DConditionModel"), "expected a UNet2DModel"),
+    "block types of another kind": (config(down_block_types=["A", "B"]), "down_block_types"),
+    "channels that are no numbers": (config(block_out_channels="many"), "block_out_channels is 'many'"),
+    "a config that is no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read as a diffusers config"),
+    "no config": (lambda f: (f / "config.json").unlink(), "does not exist; the architecture"),
+    "only a pickle": (lambda f: (f / WEIGHTS).rename(f / "diffusion_pytorch_model.bin"), "can run code"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_files_are_refused_and_nothing_is_written(folder, tmp_path, name):
+    damage, message = DAMAGES[name]
+    damage(folder)
+    with pytest.raises(InputError, match=message):
+        experiment.import_diffusers(str(folder), str(tmp_path / "w"))
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt", ".h5", ".keras", ".pkl"])
+def test_formats_that_can_run_code_are_refused(tmp_path, suffix):
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(b"x")
+    with pytest.raises(InputError, match="can run code"):
+        load_diffusers(path)
+
+
+def test_the_architecture_of_ddpm_cifar10_32_is_the_papers(tmp_path):
+    """google/ddpm-cifar10-32's config.json, as facts."""
+    (tmp_path / "config.json").write_text(json.dumps({
+        "_class_name": "UNet2DModel", "act_fn": "silu", "attention_head_dim": None, "block_out_channels": [128, 256, 256, 256],
+        "center_input_sample": False, "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+        "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "in_channels": 3, "layers_per_block": 2,
+        "mid_block_scale_factor": 1, "norm_eps": 1e-06, "norm_num_groups": 32, "out_channels": 3, "sample_size": 32,
+        "time_embedding_type": "positional",
+        "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    }))  # fmt: skip
+    arguments = read_architecture(tmp_path / "config.json")
+    assert arguments["ch"] == 128 and arguments["ch_mult"] == (1, 2, 2, 2) and arguments["attn_resolutions"] == (16,)
+    assert arguments["image_shape"] == (32, 32, 3) and arguments["num_res_blocks"] == 2
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("shape", ["CIFAR10", "CHURCH"])
+def test_against_diffusers_itself(tmp_path, shape):
+    pytest.importorskip("torch", reason="the comparison needs torch, which is not installed")
+    diffusers = pytest.importorskip("diffusers", reason="the comparison needs diffusers, which is not installed")
+    from benchmarks import diffusers_reference
+
+    model = diffusers_reference.make(getattr(diffusers_reference, shape))
+    x_t, t = diffusers_reference.inputs(model.config.sample_size)
+    expected = diffusers_reference.run(model, x_t, t)
+    model.save_pretrained(tmp_path / "in")
+    network = load_diffusers(tmp_path / "in")
+    ours = network({"x_t": x_t, "t": t.astype(np.int32)}).numpy()
+    print(f"\n{shape}: largest difference {np.abs(ours - expected).max():.3g}")
+    np.testing.assert_allclose(ours, expected, atol=1e-4)
+    rename_to_old_keys(tmp_path / "in")
+    for a, b in zip(load_diffusers(tmp_path / "in").get_weights(), network.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    save_diffusers(network, tmp_path / "out")
+    back, info = diffusers.UNet2DModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    np.testing.assert_allclose(diffusers_reference.run(back.eval(), x_t, t), expected, atol=1e-4)
