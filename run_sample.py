@@ -13,7 +13,7 @@ from ddpm_tf.errors import InputError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder written by run_train.py.")
 _SAMPLER = flags.DEFINE_string("sampler", None, "ddpm (ancestral) or ddim.")
-_NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps S, 1..T; 0: T.")
+_NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps S, 1..T.")
 _ETA = flags.DEFINE_float("eta", None, "DDIM's noise, 0 (deterministic) to 1.")
 _SPACING = flags.DEFINE_string("spacing", None, "Visited timesteps: uniform, quad, linspace or trailing.")
 _CLIP = flags.DEFINE_bool("clip", None, "Clip the predicted x_0 to [-1, 1].")

@@ -250,6 +250,7 @@ def test_mistakes_leave_with_2_and_one_message(tmp_path, args, message):
 def test_sampling_mistakes_leave_with_2(workdir, tmp_path):
     for args, message in (
         (["--num_steps=1001"], "within 1..1000"),
+        (["--num_steps=0"], "within 1..T"),
         (["--sampler=heun"], "Unknown sampler 'heun'"),
         (["--num_images=0"], "sample.num_images must be at least 1"),
     ):

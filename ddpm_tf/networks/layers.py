@@ -75,7 +75,10 @@ class Block(keras.layers.Layer):
 
 
 class TimeEmbedding(Block):
-    """temb = dense1(swish(dense0(sinusoids of t))), [B, 4 ch]; with classes, a label's vector is added."""
+    """temb = dense1(swish(dense0(sinusoids of t))), [B, 4 ch]; with classes, a label's vector is added.
+
+    Label `num_classes` is the null class: no condition.
+    """
 
     def __init__(self, ch, *, num_classes=None, seed, dtype, name="temb"):
         super().__init__(seed=seed, name=name, dtype=dtype)
@@ -85,7 +88,7 @@ class TimeEmbedding(Block):
         self.labels = None
         if num_classes is not None:
             self.labels = keras.layers.Embedding(
-                num_classes, 4 * ch, name="labels", dtype=dtype, embeddings_initializer=self._init("labels")
+                num_classes + 1, 4 * ch, name="labels", dtype=dtype, embeddings_initializer=self._init("labels")
             )
 
     def call(self, t, labels=None):

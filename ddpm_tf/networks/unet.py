@@ -32,7 +32,8 @@ class UNet(keras.Model):
         resamp_with_conv: resample with a convolution (else average pooling and nearest neighbour alone).
         block_size: each block_size x block_size block of pixels becomes one pixel with more channels before the first
             convolution, and back after the last; the heights of the levels are counted after it. Saves memory.
-        num_classes: number of labels for a class-conditional network; None: unconditional.
+        num_classes: number of labels 0 .. num_classes - 1 of a class-conditional network, which also takes the null
+            label num_classes; None: unconditional.
         seed: of the initial weights.
         dtype: a Keras dtype or policy; normalisation statistics and softmax stay float32.
 

@@ -27,7 +27,7 @@ class Sampler:
 
     def __init__(self, diffusion):
         self.diffusion = diffusion
-        self.compiled = weakref.WeakKeyDictionary()  # network -> the loop's tf.function, see loop.py
+        self.compiled = weakref.WeakKeyDictionary()  # network -> the loop's tf.functions, see loop.py
 
     @property
     def num_steps(self):

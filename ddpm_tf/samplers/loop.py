@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from ddpm_tf import rng
 from ddpm_tf.errors import InputError
-from ddpm_tf.samplers.denoisers import network_denoiser
+from ddpm_tf.samplers.denoisers import guided_denoiser, network_denoiser
 
 
 class Trace(NamedTuple):
@@ -74,7 +74,7 @@ def run_loop(sampler, denoise_fn, x, seeds, state=(), *, start=None, stop=0, noi
     return x, x_0, state
 
 
-def sample(network, sampler, seeds, *, labels=None, trace=0, shared_noise_steps=-1):
+def sample(network, sampler, seeds, *, labels=None, guidance=None, trace=0, shared_noise_steps=-1):
     """Images from seeds: seed s is the same image in any batch, on any device.
 
     Args:
@@ -82,6 +82,8 @@ def sample(network, sampler, seeds, *, labels=None, trace=0, shared_noise_steps=
         sampler: from `make_sampler`.
         seeds: int64 [N], one per image.
         labels: int32 [N], for a class-conditional network.
+        guidance: weight of classifier-free guidance, one number or [N]: 0 ignores the labels, 1 is conditional, above 1
+            stronger; None: conditional, at half the cost.
         trace: keep the states of every `trace` steps (1: all of them); 0: none.
         shared_noise_steps: k >= 0: all images start from the first one's x_T and share its noise for the first k steps
             (Fig. 7 of the paper); -1: nothing is shared.
@@ -90,7 +92,7 @@ def sample(network, sampler, seeds, *, labels=None, trace=0, shared_noise_steps=
         Samples.
 
     Raises:
-        InputError: no seeds, labels that do not match the network, a negative trace, k outside -1..S.
+        InputError: no seeds, labels or guidance that do not match the network, a negative trace, k outside -1..S.
     """
     seeds = np.asarray(seeds, np.int64)
     if seeds.ndim != 1 or seeds.size == 0:
@@ -101,12 +103,16 @@ def sample(network, sampler, seeds, *, labels=None, trace=0, shared_noise_steps=
             if labels is None
             else "Labels were given, but the network is unconditional (num_classes=None)."
         )
+    if guidance is not None and labels is None:
+        raise InputError("Guidance needs labels, and a class-conditional network.")
     if trace < 0:
         raise InputError(f"trace must be 0 (none) or a number of steps, found {trace}.")
     if not -1 <= shared_noise_steps <= sampler.num_steps:
         raise InputError(f"shared_noise_steps must be within -1..{sampler.num_steps}, found {shared_noise_steps}.")
     conditions = {} if labels is None else {"labels": tf.constant(labels, tf.int32)}
-    start, run = _compiled(network, sampler)
+    if guidance is not None:
+        conditions["guidance"] = tf.constant(np.broadcast_to(np.float32(guidance), seeds.shape))
+    start, run = _compiled(network, sampler, tuple(conditions))
     shared = tf.fill(seeds.shape, seeds[0])
     seeds = tf.constant(seeds)
     x, state = start(shared if shared_noise_steps >= 0 else seeds)
@@ -149,9 +155,13 @@ def _traced(advance, x, state, num_steps, every):
     return Samples(states[-1], Trace(index, np.stack(states[::-1]), np.stack(predictions[::-1])))
 
 
-def _compiled(network, sampler):
-    """The tf.functions of this sampler and network, made once; the batch dimension is open."""
-    if network not in sampler.compiled:
+_CONDITIONS = {"labels": tf.TensorSpec([None], tf.int32), "guidance": tf.TensorSpec([None], tf.float32)}
+
+
+def _compiled(network, sampler, conditions=()):
+    """The tf.functions of this sampler, network and names of conditions, made once; the batch dimension is open."""
+    functions = sampler.compiled.setdefault(network, {})
+    if conditions not in functions:
         image_shape = tuple(network.image_shape)
 
         seed_spec = tf.TensorSpec([None], tf.int64)
@@ -163,14 +173,17 @@ def _compiled(network, sampler):
 
         outputs = start.get_concrete_function().structured_outputs
         x, state = tf.nest.map_structure(tf.TensorSpec.from_tensor, outputs)
-        conditional = getattr(network, "num_classes", None) is not None
-        conditions = {"labels": tf.TensorSpec([None], tf.int32)} if conditional else {}
+        specs = {name: _CONDITIONS[name] for name in conditions}
         scalar = tf.TensorSpec([], tf.int32)
 
-        @tf.function(input_signature=[x, seed_spec, conditions, state, scalar, scalar], autograph=False)
+        @tf.function(input_signature=[x, seed_spec, specs, state, scalar, scalar], autograph=False)
         def run(x, seeds, conditions, state, start, stop):
-            denoise_fn = network_denoiser(network, sampler, conditions.get("labels"))
+            labels = conditions.get("labels")
+            denoise_fn = network_denoiser(network, sampler, labels)
+            if "guidance" in conditions:
+                null = network_denoiser(network, sampler, tf.fill(tf.shape(labels), network.num_classes))
+                denoise_fn = guided_denoiser(denoise_fn, null, conditions["guidance"])
             return run_loop(sampler, denoise_fn, x, seeds, state, start=start, stop=stop)
 
-        sampler.compiled[network] = start, run
-    return sampler.compiled[network]
+        functions[conditions] = start, run
+    return functions[conditions]

@@ -286,16 +286,44 @@ def test_interpolation_ends_are_reconstructions_and_the_noise_is_as_said(small_n
         interpolate(small_network, sampler, x_a, x_b, t=10, lambdas=[0.5])
 
 
+class Zero:
+    """Predicts eps = 0: x_0 = x_t / sqrt(abar)."""
+
+    image_shape, num_classes = (8, 8, 1), None
+
+    def __call__(self, inputs, training=False):
+        return tf.zeros_like(inputs["x_t"])
+
+
 def test_interpolating_at_the_first_step_is_mixing_the_images():
     """Diffused for one step of a fine chain, and denoised by the closed form, the mixture comes back."""
     sampler = make_sampler("ddim", GaussianDiffusion(SCHEDULE))
     x_a, x_b = np.full((8, 8, 1), -0.5, np.float32), np.full((8, 8, 1), 0.3, np.float32)
 
-    class Zero:  # predicts eps = 0: x_0 = x_t / sqrt(abar)
-        image_shape, num_classes = (8, 8, 1), None
-
-        def __call__(self, inputs, training=False):
-            return tf.zeros_like(inputs["x_t"])
-
     images = interpolate(Zero(), sampler, x_a, x_b, t=0, lambdas=[0.25])
     assert abs(images.mean() - (-0.3)) < 5 * 0.01 / 8  # the noise has deviation 0.01 at t = 0
+
+
+class Labelled:
+    """A stand-in network: eps = x_t + label; label 3 is the null class."""
+
+    image_shape, num_classes = (2, 2, 1), 3
+
+    def __call__(self, inputs, training=False):
+        return inputs["x_t"] + tf.cast(inputs["labels"], tf.float32)[:, None, None, None]
+
+
+def test_guidance_goes_from_unconditional_through_conditional_and_beyond():
+    network, sampler = Labelled(), make_sampler("ddim", GaussianDiffusion(SCHEDULE, clip=False), num_steps=3)
+
+    def run(labels, **kwargs):
+        return sample(network, sampler, [1, 1], labels=labels, **kwargs).images
+
+    np.testing.assert_allclose(run([0, 2], guidance=1.0), run([0, 2]), rtol=1e-5)
+    np.testing.assert_allclose(run([0, 2], guidance=0.0), run([3, 3]), rtol=1e-5)
+    # Linear in eps: label 0 with weight 2 is 3 + 2 (0 - 3) = -3; label 2 with weight 0.5 is 2.5
+    unit = run([1, 1]) - run([0, 0])
+    guided = run([0, 2], guidance=[2.0, 0.5]) - run([0, 0])
+    np.testing.assert_allclose(guided, np.stack([-3 * unit[0], 2.5 * unit[1]]), rtol=1e-3, atol=1e-3 * abs(unit).max())
+    with pytest.raises(InputError, match="Guidance needs labels"):
+        sample(Zero(), sampler, [1], guidance=2.0)

@@ -1,0 +1,189 @@
+"""Weights of other programs into workdirs, and workdirs' weights out."""
+
+import json
+import os
+import shlex
+
+import numpy as np
+import tensorflow as tf
+
+from ddpm_tf import builders
+from ddpm_tf import config as config_lib
+from ddpm_tf.bundles import assign
+from ddpm_tf.convert.diffusers import load_diffusers, save_diffusers
+from ddpm_tf.convert.tf1 import TF1State, fields_of_kwargs, read_tf1_checkpoint, save_tf1_checkpoint, tf1_name
+from ddpm_tf.errors import InputError
+from ddpm_tf.experiment.sampling import load_for_inference
+from ddpm_tf.experiment.workdir import check_new, newest, read_config, write_workdir
+from ddpm_tf.training import checkpoints
+
+
+def import_tf1(checkpoint, config, workdir, *, reference=None):
+    """Turn a checkpoint of the original release into a workdir: weights, moving average, Adam moments and step.
+
+    Args:
+        checkpoint: PATH/model.ckpt-790000; a kwargs.json beside it has to agree with `config`.
+        config: the config of the run the checkpoint is of.
+        workdir: a new or empty folder.
+        reference: an .npz with x_t, t and output, what the moving average should answer; None: not checked.
+
+    Returns:
+        a report, as text.
+
+    Raises:
+        InputError: files or settings that do not fit; nothing has been written then.
+    """
+    config_lib.validate(config)
+    check_new(workdir, "--workdir")
+    _check_kwargs(config, os.path.join(os.path.dirname(checkpoint), "kwargs.json"))
+    model = builders.build_model(config, tf.distribute.get_strategy())
+    variables = checkpoints.variables_by_name(model)
+    shapes = {tf1_name(v.path): tuple(v.shape) for v in model.network.variables}
+    state = read_tf1_checkpoint(checkpoint, shapes=shapes)
+    groups = {"network": state.weights, "ema": state.ema}
+    groups |= {} if state.m is None else {"optimizer/momentum": state.m, "optimizer/velocity": state.v}
+    tensors = {name: v.numpy() for name, v in variables.items()}  # moments that the file lacks stay 0
+    for group, arrays in groups.items():
+        tensors |= {f"{group}/{v.path}": arrays[tf1_name(v.path)] for v in model.network.variables}
+    tensors["step"] = np.asarray(state.step or 0, tensors["step"].dtype)
+    assign(variables, tensors, checkpoint)
+    parity = _check_reference(model.ema_network, reference)
+    write_workdir(workdir, config, tensors)
+    absent = "" if state.m is not None else "\nThe file holds no Adam moments: training would go on with moments of 0."
+    return (
+        f"{len(shapes)} weights ({model.network.count_params():,} parameters), their moving averages"
+        f"{' and two moments' if state.m else ''} of {checkpoint}, step {int(tensors['step'])}.{absent}{parity}\n"
+        f"{_next_commands(workdir)}"
+    )
+
+
+def import_diffusers(path, workdir, *, config=None, reference=None):
+    """Turn a diffusers `UNet2DModel` into a workdir: its weights as both weights and moving average, step 0.
+
+    Args:
+        path: a folder with config.json and safetensors, or the .safetensors file.
+        workdir: a new or empty folder.
+        config: the diffusion and training settings; its network has to be the file's. None: the defaults.
+        reference: as in `import_tf1`.
+
+    Returns:
+        a report, as text.
+
+    Raises:
+        InputError: files or settings that do not fit; nothing has been written then.
+    """
+    check_new(workdir, "--workdir")
+    loaded = load_diffusers(path)
+    found = _config_of_network(loaded)
+    if config is None:
+        config = config_lib.default()
+        for field, value in found.items():
+            config_lib.put(config, field, value)
+    config_lib.validate(config)
+    _check_agrees(config, found, path)
+    parity = _check_reference(loaded, reference)
+    model = builders.build_model(config, tf.distribute.get_strategy())
+    for network in (model.network, model.ema_network):
+        network.set_weights(loaded.get_weights())
+    write_workdir(workdir, config, {name: v.numpy() for name, v in checkpoints.variables_by_name(model).items()})
+    return (
+        f"{len(loaded.variables)} weights ({loaded.count_params():,} parameters) of {path}, step 0, variance "
+        f"{config.diffusion.variance}.{parity}\n{_next_commands(workdir)}"
+    )
+
+
+def export_weights(workdir, to, out, *, ema=True):
+    """Write a workdir's newest checkpoint for another program.
+
+    Args:
+        workdir: as written by `train`.
+        to: tf1 (weights, moving average, moments and step under the original's names) or diffusers.
+        out: tf1: the checkpoint's path without suffix; diffusers: a new or empty folder.
+        ema: for diffusers, which knows one set of weights: the moving average, else the weights.
+
+    Returns:
+        a report, as text.
+
+    Raises:
+        InputError: a workdir that cannot be read, a network that the format has no place for, files that exist.
+    """
+    if to == "diffusers":
+        inference = load_for_inference(workdir, ema=ema)
+        save_diffusers(inference.network, out)
+        count, step = inference.network.count_params(), inference.step
+        return f"{count:,} parameters of step {step} as a UNet2DModel in {out}.\nUNet2DModel.from_pretrained({out!r})"
+    config = read_config(workdir)
+    step, tensors = newest(workdir)
+
+    def group(prefix):
+        return {tf1_name(k.removeprefix(prefix)): v for k, v in tensors.items() if k.startswith(prefix)}
+
+    state = TF1State(
+        group("network/"),
+        group("ema/"),
+        group("optimizer/momentum/") or None,
+        group("optimizer/velocity/") or None,
+        step,
+    )
+    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+    save_tf1_checkpoint(out, state, beta_1=config.optimizer.beta_1, beta_2=config.optimizer.beta_2)
+    return f"{len(state.weights)} weights, moving averages and moments of step {step} in {out}.index and .data."
+
+
+def _check_kwargs(config, path):
+    """The release's training scripts left their arguments in kwargs.json."""
+    if not os.path.isfile(path):
+        return
+    try:
+        with open(path) as f:
+            fields = fields_of_kwargs(json.load(f))
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as e:
+        raise InputError(f"{path} cannot be read as the release's arguments: {e}") from e
+    _check_agrees(config, fields, path)
+
+
+def _check_agrees(config, fields, origin):
+    rows = [
+        f"  {field:<28} {value!r:>20} {config_lib.get(config, field)!r:>20}"
+        for field, value in fields.items()
+        if config_lib.get(config, field) != value
+    ]
+    if rows:
+        raise InputError(
+            f"{origin} and --config disagree:\n  {'field':<28} {'file':>20} {'config':>20}\n" + "\n".join(rows)
+        )
+
+
+def _config_of_network(network):
+    height, width, channels = network.image_shape
+    return {
+        "data.image_size": height,
+        "data.image_width": 0 if width == height else width,
+        "data.channels": channels,
+        "network.ch": network.ch,
+        "network.ch_mult": network.ch_mult,
+        "network.num_res_blocks": network.num_res_blocks,
+        "network.attn_resolutions": network.attn_resolutions,
+    }
+
+
+def _check_reference(network, path):
+    """The network's answer against x_t, t and output of an .npz, as a line of a report."""
+    if path is None:
+        return ""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            x_t, t, expected = (arrays[name] for name in ("x_t", "t", "output"))
+    except (OSError, KeyError, ValueError) as e:
+        raise InputError(f"--reference={path} cannot be read as an .npz with x_t, t and output: {e}") from e
+    output = network({"x_t": tf.constant(x_t, tf.float32), "t": tf.constant(t, tf.int32)}).numpy()
+    if output.shape != expected.shape:
+        raise InputError(
+            f"--reference={path}: its output is {list(expected.shape)}, the network's {list(output.shape)}."
+        )
+    return f"\nLargest difference to the reference output: {np.abs(output - expected).max():.3g}."
+
+
+def _next_commands(workdir):
+    quoted = shlex.quote(workdir)
+    return f"Sample: python run_sample.py --workdir={quoted}\nTrain on: python run_train.py --workdir={quoted} --config=..."

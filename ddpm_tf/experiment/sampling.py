@@ -1,0 +1,117 @@
+"""Sampling from a workdir."""
+
+import os
+import sys
+from typing import NamedTuple
+
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from ddpm_tf import builders, images
+from ddpm_tf import config as config_lib
+from ddpm_tf.bundles import assign
+from ddpm_tf.diffusion.process import GaussianDiffusion
+from ddpm_tf.errors import InputError
+from ddpm_tf.experiment.workdir import check_new, newest, read_config
+from ddpm_tf.samplers import sample
+from ddpm_tf.training.distribution import configure_devices
+
+
+class Inference(NamedTuple):
+    """What a workdir holds for sampling: its config, the network with its weights, the diffusion, and the step."""
+
+    config: object
+    network: object
+    diffusion: GaussianDiffusion
+    step: int
+
+
+def load_for_inference(workdir, *, ema=True):
+    """The network of a workdir's newest checkpoint, in float32 with TF32 off.
+
+    Args:
+        workdir: as written by `train`.
+        ema: the moving average of the weights, else the weights themselves.
+
+    Raises:
+        InputError: no such workdir, no checkpoint in it yet, or one that does not fit its config.
+    """
+    configure_devices()
+    config = read_config(workdir)
+    step, tensors = newest(workdir)
+    diffusion = builders.build_diffusion(config)
+    network = builders.build_network(config, diffusion)
+    group = "ema/" if ema else "network/"
+    wanted = {name: tensor for name, tensor in tensors.items() if name.startswith(group)}
+    assign({group + v.path: v for v in network.variables}, wanted, f"The checkpoint of step {step}")
+    return Inference(config, network, diffusion, step)
+
+
+def sample_images(workdir, *, out=None, ema=True, **overrides):
+    """Sample from a workdir: per-image PNGs, grid.png and samples.npz.
+
+    Args:
+        workdir: as written by `train`.
+        out: an empty or new folder; None: one under the workdir's samples/, named after the settings.
+        ema: sample with the moving average of the weights, else with the weights themselves.
+        overrides: fields of the config's `sample` section; None: as the workdir says.
+
+    Returns:
+        the folder.
+
+    Raises:
+        InputError: settings that cannot be used, a workdir that cannot be read, a folder that is not empty.
+    """
+    if overrides.get("num_steps") == 0:
+        raise InputError("num_steps must be within 1..T, the trained chain; found 0.")
+    inference = load_for_inference(workdir, ema=ema)
+    config = inference.config
+    for name, value in overrides.items():
+        if value is not None:
+            config.sample[name] = value
+    config_lib.validate(config)
+    s = config.sample
+    sampler = builders.build_sampler(config, builders.build_diffusion(config))
+    if sampler.num_steps != (s.num_steps or sampler.num_steps):
+        logging.info("Spacing %s drops repeated timesteps: %d steps are left.", s.spacing, sampler.num_steps)
+    out = _sample_folder(out, workdir, inference.step, config, sampler, ema)
+
+    result = sample_in_batches(inference.network, sampler, s, progress=True)
+    os.makedirs(out, exist_ok=True)
+    for seed, image in zip(range(s.seed, s.seed + s.num_images), result, strict=True):
+        images.save_png(os.path.join(out, f"seed_{seed:06d}.png"), image)
+    images.save_png(os.path.join(out, "grid.png"), make_picture(result[:256]))
+    images.save_npz(os.path.join(out, "samples.npz"), result)
+    return out
+
+
+def sample_in_batches(network, sampler, settings, *, progress=False):
+    """uint8 [num_images, H, W, C] from the seeds settings.seed, settings.seed + 1, ..."""
+    batches = []
+    with tqdm(total=settings.num_images, unit=" images", desc="sampling", disable=not progress) as bar:
+        for first in range(0, settings.num_images, settings.batch_size):
+            count = min(settings.batch_size, settings.num_images - first)
+            seeds = settings.seed + np.arange(first, first + count, dtype=np.int64)
+            batch = sample(network, sampler, seeds).images
+            if not np.isfinite(batch).all():
+                bad = seeds[~np.isfinite(batch).reshape(count, -1).all(axis=1)]
+                raise InputError(f"The sample of seed {bad[0]} is not finite: the weights are damaged.")
+            batches.append(images.to_uint8(batch))
+            bar.update(count)
+    return np.concatenate(batches)
+
+
+def make_picture(batch):
+    return images.make_grid(batch, scale=images.grid_scale(batch.shape[1]))
+
+
+def _sample_folder(out, workdir, step, config, sampler, ema):
+    if out is not None:
+        check_new(out, "--out")
+        return out
+    s = config.sample
+    name = f"step_{step:012d}_{s.sampler}{sampler.num_steps}_seed{s.seed}" + ("" if ema else "_raw")
+    base = os.path.join(workdir, "samples", name)
+    candidates = (base if k == 1 else f"{base}_{k}" for k in range(1, sys.maxsize))
+    return next(path for path in candidates if not os.path.exists(path))

@@ -1,0 +1,115 @@
+"""Training a workdir from a config."""
+
+import os
+import shlex
+
+from absl import logging
+
+from ddpm_tf import builders, images
+from ddpm_tf import config as config_lib
+from ddpm_tf.bundles import assign
+from ddpm_tf.errors import InputError
+from ddpm_tf.experiment.sampling import make_picture, sample_in_batches
+from ddpm_tf.experiment.workdir import check_workdir, meta
+from ddpm_tf.training import callbacks, checkpoints
+from ddpm_tf.training.distribution import configure_devices, make_strategy
+
+
+def describe(config):
+    """What a run with this config would be, as text; needs no data and writes nothing."""
+    config_lib.validate(config)
+    diffusion = builders.build_diffusion(config)
+    network = builders.build_network(config, diffusion)
+    builders.build_sampler(config, diffusion)
+    builders.build_optimizer(config)
+    try:
+        num_examples = builders.build_source(config).num_examples
+        steps_per_epoch = f"{num_examples / config.data.batch_size:.1f} ({num_examples:,} images)"
+    except InputError as e:
+        steps_per_epoch = f"unknown, data set not prepared ({str(e).splitlines()[0]})"
+    shape = [config.data.batch_size, *builders.image_shape(config)]
+    return (
+        f"{config_lib.to_json(config)}\n{builders.parameter_table(network)}\n\n"
+        f"x_t {shape} float32, t [{shape[0]}] int32 -> {shape[:-1] + [network.out_channels]} float32\n"
+        f"parameters: {network.count_params():,}\nsteps per epoch: {steps_per_epoch}\n"
+        f"steps: {config.train.num_steps:,}"
+    )
+
+
+def train(config, workdir, *, download=False):
+    """Train, or go on with, the run in `workdir`; ends with a sample grid.
+
+    Raises:
+        InputError: a config, data set or workdir that cannot be used. Nothing has been written then.
+    """
+    config_lib.validate(config)
+    configure_devices()
+    check_workdir(config, workdir)
+    latest = checkpoints.restore_latest(os.path.join(workdir, "ckpt"))
+    if latest and latest[0] >= config.train.num_steps:
+        logging.info(
+            "Step %d of %d: nothing to do. A larger train.num_steps goes on.",
+            latest[0],
+            config.train.num_steps,
+        )
+        print(_where(workdir))
+        return
+    builders.build_sampler(config, builders.build_diffusion(config))  # mistakes show before the data are read
+    model = builders.build_model(config, make_strategy())
+    source = builders.build_source(config, download=download)
+    start_step = 0
+    if latest:
+        start_step, tensors = latest
+        assign(checkpoints.variables_by_name(model), tensors, f"The checkpoint of step {start_step}")
+        logging.info("Going on from step %d of %s.", start_step, workdir)
+    dataset = builders.build_dataset(config, source, start_step=start_step)
+    sample_grids = _make_sample_fn(config, model, workdir)
+
+    os.makedirs(os.path.join(workdir, "samples"), exist_ok=True)
+    with open(os.path.join(workdir, "config.json"), "w") as f:
+        f.write(config_lib.to_json(config))
+    model.fit(
+        dataset,
+        steps_per_epoch=config.train.num_steps - start_step,
+        verbose=0,
+        shuffle=False,
+        callbacks=_make_callbacks(config, workdir, start_step, sample_grids),
+    )
+    print(_where(workdir))
+
+
+def _make_sample_fn(config, model, workdir):
+    """sample_fn(step): a grid from the moving average and one from the weights, from the same seeds."""
+    sampler = builders.build_sampler(config, model.diffusion)
+    summaries = callbacks.Summaries(os.path.join(workdir, "tensorboard"))
+
+    def sample_fn(step):
+        for name, network in (("ema", model.ema_network), ("raw", model.network)):
+            grid = make_picture(sample_in_batches(network, sampler, config.sample))
+            images.save_png(os.path.join(workdir, "samples", f"step_{step:012d}_{name}.png"), grid)
+            summaries.image(f"samples_{name}", grid, step)
+
+    sample_fn.summaries = summaries
+    return sample_fn
+
+
+def _make_callbacks(config, workdir, start_step, sample_fn):
+    t, batch_size = config.train, config.data.batch_size
+    return [
+        callbacks.Progress(start_step, num_steps=t.num_steps, batch_size=batch_size, log_every=t.log_every),
+        callbacks.Metrics(
+            start_step, workdir=workdir, batch_size=batch_size, log_every=t.log_every, summaries=sample_fn.summaries
+        ),
+        callbacks.Checkpoints(
+            start_step, folder=os.path.join(workdir, "ckpt"), every=t.checkpoint_every, num_steps=t.num_steps,
+            keep=t.keep_checkpoints, meta=meta(config),
+        ),
+        callbacks.SampleGrids(start_step, every=t.sample_every, num_steps=t.num_steps, sample_fn=sample_fn),
+    ]  # fmt: skip
+
+
+def _where(workdir):
+    return (
+        f"Pictures: {os.path.join(workdir, 'samples')}\n"
+        f"Sample more: python run_sample.py --workdir={shlex.quote(workdir)} --num_images=64 --seed=1000"
+    )

@@ -1,0 +1,76 @@
+"""Workdirs: what they hold, and what is never written over."""
+
+import os
+import shutil
+import time
+import uuid
+
+from ddpm_tf import __version__
+from ddpm_tf import config as config_lib
+from ddpm_tf.errors import InputError
+from ddpm_tf.training import checkpoints
+
+
+def read_config(workdir):
+    """The config a workdir was made with.
+
+    Raises:
+        InputError: no such workdir, or no usable config.json.
+    """
+    path = os.path.join(workdir, "config.json")
+    if not os.path.isfile(path):
+        what = "holds no config.json" if os.path.isdir(workdir) else "does not exist"
+        raise InputError(f"--workdir={workdir} {what}; expected a folder written by run_train.py.")
+    with open(path) as f:
+        return config_lib.from_json(f.read(), path)
+
+
+def newest(workdir):
+    folder = os.path.join(workdir, "ckpt")
+    latest = checkpoints.restore_latest(folder)
+    if latest is None:
+        raise InputError(f"There is no checkpoint in {folder} yet. Train longer, or lower train.checkpoint_every.")
+    return latest
+
+
+def check_new(path, flag):
+    if os.path.exists(path) and (not os.path.isdir(path) or os.listdir(path)):
+        raise InputError(f"{flag}={path} exists and is not an empty folder; nothing is written over. Choose another.")
+
+
+def check_workdir(config, workdir):
+    if os.path.exists(workdir) and not os.path.isdir(workdir):
+        raise InputError(f"--workdir={workdir} is a file; expected a folder.")
+    if not os.path.exists(os.path.join(workdir, "config.json")):
+        if checkpoints.list_steps(os.path.join(workdir, "ckpt")):
+            raise InputError(
+                f"--workdir={workdir} has checkpoints but no config.json; restore it or use another workdir."
+            )
+        return
+    changed = [d for d in config_lib.differences(read_config(workdir), config) if not d[0].free]
+    if changed:
+        rows = "\n".join(f"  {field.path:<28} {old!r:>20} {new!r:>20}" for field, old, new in changed)
+        raise InputError(
+            f"--workdir={workdir} was made with another config; these fields cannot change when a run goes on:\n"
+            f"  {'field':<28} {'workdir':>20} {'now':>20}\n{rows}\nUse another workdir, or the workdir's values."
+        )
+
+
+def write_workdir(workdir, config, tensors):
+    """A workdir with one checkpoint, which appears whole or not at all."""
+    temporary = f"{os.path.normpath(workdir)}.tmp-{uuid.uuid4().hex}"
+    try:
+        os.makedirs(os.path.join(temporary, "samples"))
+        with open(os.path.join(temporary, "config.json"), "w") as f:
+            f.write(config_lib.to_json(config))
+        step = int(tensors["step"])
+        checkpoints.save(os.path.join(temporary, "ckpt"), step, tensors, meta(config), keep=1)
+        os.makedirs(workdir, exist_ok=True)
+        os.replace(temporary, workdir)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def meta(config):
+    return {"version": __version__, "config": config.to_dict(), "time": time.time()}
