@@ -8,7 +8,7 @@ import tempfile
 from absl import app, flags, logging
 
 from ddpm_tf import config as config_lib
-from ddpm_tf.errors import InputError
+from ddpm_tf.errors import InputError, RunError
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -47,7 +47,7 @@ def run(main):
 def _guarded(main, argv):
     try:
         main(argv)
-    except InputError as e:
+    except RunError as e:
         if flags.FLAGS.debug:
             raise
         _leave(str(e), e.exit_code)

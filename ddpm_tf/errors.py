@@ -1,14 +1,43 @@
-"""Errors that a user can act on, and the exit codes the command lines leave with."""
+"""Errors that a user can act on, and the exit codes the command lines leave with.
+
+The message says what was found, what was expected and what to do. The command lines print it without a traceback.
+"""
 
 
-class InputError(ValueError):
-    """Something the user gave cannot be used: a flag, a config field, a file, an argument.
+class RunError(Exception):
+    """What ends a program with `exit_code` and one message."""
 
-    The message says what was found, what was expected and what to do. The command lines print it
-    without a traceback and leave with `exit_code`.
-    """
+    exit_code = 1
+
+
+class InputError(RunError, ValueError):
+    """Something the user gave cannot be used: a flag, a config field, a file, an argument."""
 
     exit_code = 2
+
+
+class NumericsError(RunError):
+    """Numbers that are not finite, and nothing sensible left to do."""
+
+    exit_code = 70
+
+
+class WorkdirError(RunError):
+    """A workdir that cannot be written to, or that another process trains in."""
+
+    exit_code = 73
+
+
+class StorageError(RunError):
+    """A write that failed: no space, an I/O error."""
+
+    exit_code = 74
+
+
+class NoValidCheckpointError(RunError):
+    """Checkpoint folders exist, and none of them verifies."""
+
+    exit_code = 76
 
 
 def unknown_name(kind, name, known):

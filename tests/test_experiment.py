@@ -57,7 +57,14 @@ def rows(workdir):
 
 
 def test_a_workdir_holds_what_the_design_says(workdir):
-    assert {p.name for p in workdir.iterdir()} == {"config.json", "metrics.jsonl", "ckpt", "samples", "tensorboard"}
+    assert {p.name for p in workdir.iterdir()} == {
+        ".lock",
+        "config.json",
+        "metrics.jsonl",
+        "ckpt",
+        "samples",
+        "tensorboard",
+    }
     assert [p.name for p in sorted((workdir / "ckpt").iterdir())] == ["step_000000000002", "step_000000000004"]
     assert [row["step"] for row in rows(workdir)] == [1, 2, 3, 4]
     grid = np.asarray(Image.open(workdir / "samples" / "step_000000000004_ema.png"))
@@ -188,7 +195,7 @@ def test_cifar10_is_the_papers():
     config = cifar10.get_config()
     assert config.network.to_dict() == {
         "name": "unet", "ch": 128, "ch_mult": (1, 2, 2, 2), "num_res_blocks": 2, "attn_resolutions": (16,),
-        "dropout": 0.1, "resamp_with_conv": True,
+        "dropout": 0.1, "resamp_with_conv": True, "block_size": 1,
     }  # fmt: skip
     assert (config.diffusion.variance, config.train.ema_decay, config.train.num_steps) == (
         "fixed_large",

@@ -10,7 +10,7 @@ from ddpm_tf import config as config_lib
 from ddpm_tf.bundles import assign
 from ddpm_tf.errors import InputError
 from ddpm_tf.experiment.sampling import make_picture, sample_in_batches
-from ddpm_tf.experiment.workdir import check_workdir, meta
+from ddpm_tf.experiment.workdir import check_workdir, locked, meta, write_config
 from ddpm_tf.training import callbacks, checkpoints
 from ddpm_tf.training.distribution import configure_devices, make_strategy
 
@@ -41,41 +41,51 @@ def train(config, workdir, *, download=False):
 
     Raises:
         InputError: a config, data set or workdir that cannot be used. Nothing has been written then.
+        WorkdirError: a workdir that cannot be written to, or in which another process trains.
+        NoValidCheckpointError: checkpoints of which none verifies; training never starts again at 0 by itself.
+        StorageError, NumericsError: a checkpoint that could not, or must not, be written.
     """
     config_lib.validate(config)
     configure_devices()
     check_workdir(config, workdir)
-    latest = checkpoints.restore_latest(os.path.join(workdir, "ckpt"))
-    if latest and latest[0] >= config.train.num_steps:
+    steps = checkpoints.list_steps(os.path.join(workdir, "ckpt"))
+    if steps and steps[-1] >= config.train.num_steps:
         logging.info(
-            "Step %d of %d: nothing to do. A larger train.num_steps goes on.",
-            latest[0],
-            config.train.num_steps,
+            "Step %d of %d: nothing to do. A larger train.num_steps goes on.", steps[-1], config.train.num_steps
         )
         print(_where(workdir))
         return
     builders.build_sampler(config, builders.build_diffusion(config))  # mistakes show before the data are read
     model = builders.build_model(config, make_strategy())
     source = builders.build_source(config, download=download)
-    start_step = 0
-    if latest:
-        start_step, tensors = latest
-        assign(checkpoints.variables_by_name(model), tensors, f"The checkpoint of step {start_step}")
-        logging.info("Going on from step %d of %s.", start_step, workdir)
-    dataset = builders.build_dataset(config, source, start_step=start_step)
-    sample_grids = _make_sample_fn(config, model, workdir)
-
-    os.makedirs(os.path.join(workdir, "samples"), exist_ok=True)
-    with open(os.path.join(workdir, "config.json"), "w") as f:
-        f.write(config_lib.to_json(config))
-    model.fit(
-        dataset,
-        steps_per_epoch=config.train.num_steps - start_step,
-        verbose=0,
-        shuffle=False,
-        callbacks=_make_callbacks(config, workdir, start_step, sample_grids),
-    )
+    first_batches = builders.build_dataset(config, source, start_step=0)
+    with locked(workdir):
+        start_step = _restore(model, workdir)
+        dataset = builders.build_dataset(config, source, start_step=start_step) if start_step else first_batches
+        write_config(workdir, config)
+        model.fit(
+            dataset,
+            steps_per_epoch=config.train.num_steps - start_step,
+            verbose=0,
+            shuffle=False,
+            callbacks=_make_callbacks(config, workdir, start_step, _make_sample_fn(config, model, workdir)),
+        )
     print(_where(workdir))
+
+
+def _restore(model, workdir):
+    """Give the model the newest checkpoint that verifies; the step it was written after, 0 without one."""
+    folder = os.path.join(workdir, "ckpt")
+    checkpoints.sweep(folder)
+    latest = checkpoints.restore_latest(folder, quarantine=True)
+    if latest is None:
+        if os.path.exists(os.path.join(workdir, "config.json")):
+            logging.info("%s holds no checkpoint yet: starting at step 0.", workdir)
+        return 0
+    step, tensors = latest
+    assign(checkpoints.variables_by_name(model), tensors, f"The checkpoint of step {step}")
+    logging.info("Going on from step %d of %s.", step, workdir)
+    return step
 
 
 def _make_sample_fn(config, model, workdir):

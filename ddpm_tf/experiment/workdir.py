@@ -1,13 +1,16 @@
 """Workdirs: what they hold, and what is never written over."""
 
+import contextlib
+import fcntl
 import os
 import shutil
+import socket
 import time
 import uuid
 
 from ddpm_tf import __version__
 from ddpm_tf import config as config_lib
-from ddpm_tf.errors import InputError
+from ddpm_tf.errors import InputError, WorkdirError
 from ddpm_tf.training import checkpoints
 
 
@@ -36,6 +39,61 @@ def newest(workdir):
 def check_new(path, flag):
     if os.path.exists(path) and (not os.path.isdir(path) or os.listdir(path)):
         raise InputError(f"{flag}={path} exists and is not an empty folder; nothing is written over. Choose another.")
+
+
+@contextlib.contextmanager
+def locked(workdir):
+    """Hold a workdir for training: made if need be, tried for writing, and locked against a second trainer.
+
+    The lock is `flock` on `.lock`, which the system frees when the process ends, however it ends; the file says who
+    holds it.
+
+    Raises:
+        WorkdirError: a workdir that cannot be written to, or in which another process trains (its owner is named).
+    """
+    path = os.path.join(workdir, ".lock")
+    try:
+        os.makedirs(os.path.join(workdir, "ckpt"), exist_ok=True)
+        os.makedirs(os.path.join(workdir, "samples"), exist_ok=True)
+        _try_writing(workdir)
+        file = open(path, "a+")  # noqa: SIM115 - closing it frees the lock
+    except OSError as e:
+        raise WorkdirError(
+            f"--workdir={workdir} cannot be written to: {e}. Choose another, or change its rights."
+        ) from e
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise WorkdirError(
+                f"--workdir={workdir} is in use by another training: {file.read().strip()}. Wait, or use another workdir."
+            ) from None
+        file.truncate(0)
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"host {socket.gethostname()}, process {os.getpid()}, started {started}\n")
+        file.flush()
+        yield
+
+
+def _try_writing(workdir):
+    probe = os.path.join(workdir, f".tmp-probe-{uuid.uuid4().hex}")
+    with open(probe, "w") as f:
+        f.write("x")
+        f.flush()
+        os.fsync(f.fileno())
+    os.rename(probe, f"{probe}-renamed")
+    os.unlink(f"{probe}-renamed")
+
+
+def write_config(workdir, config):
+    """Write config.json; the file is the old one or the new one, never a part."""
+    path = os.path.join(workdir, "config.json")
+    with open(f"{path}.tmp", "w") as f:
+        f.write(config_lib.to_json(config))
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.tmp", path)
 
 
 def check_workdir(config, workdir):

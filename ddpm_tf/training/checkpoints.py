@@ -1,15 +1,26 @@
 """Checkpoints: immutable folders `step_%012d` that appear whole or not at all."""
 
+import errno
+import hashlib
 import json
 import os
 import re
 import shutil
+import time
 import uuid
 
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
 from ddpm_tf.bundles import read_bundle, write_bundle
+from ddpm_tf.errors import InputError, NoValidCheckpointError, NumericsError, StorageError
+
+FORMAT = 1  # of a checkpoint folder
 
 _STEP = re.compile(r"step_(\d{12})$")
-_BUNDLE = "state"
+_BUNDLE, _MANIFEST = "state", "MANIFEST.json"
+_ATTEMPTS = 3
 
 
 def variables_by_name(model):
@@ -40,7 +51,10 @@ def step_folder(folder, step):
 
 
 def save(folder, step, tensors, meta, *, keep):
-    """Write a checkpoint into `folder` and delete all but the newest `keep`.
+    """Write a checkpoint into `folder`, then delete all but the newest `keep`.
+
+    A folder `.tmp-*` is filled, its files and itself are brought to the disk, and it is renamed: whatever stops the
+    program or the machine, the newest checkpoint that verifies is this one or the one before.
 
     Args:
         folder: the workdir's `ckpt`.
@@ -48,22 +62,138 @@ def save(folder, step, tensors, meta, *, keep):
         tensors: {name: array}.
         meta: what JSON can hold.
         keep: at least 1.
+
+    Raises:
+        NumericsError: a tensor that is not finite; nothing is written then, and nothing is deleted.
+        StorageError: no space, or another error of the file system, three times in a row; the litter is removed.
     """
-    temporary = os.path.join(folder, f".tmp-{step}-{uuid.uuid4().hex}")
+    bad = [name for name, array in tensors.items() if not np.isfinite(array).all()]
+    if bad:
+        raise NumericsError(
+            f"{bad[0]} is not finite after step {step} ({len(bad)} of {len(tensors)} tensors): not saved. The last "
+            f"checkpoint in {folder} is kept; lower optimizer.learning_rate and start again from it."
+        )
+    for attempt in range(_ATTEMPTS):
+        temporary = os.path.join(folder, f".tmp-{step}-{uuid.uuid4().hex}")
+        try:
+            _write(temporary, tensors, meta)
+            os.rename(temporary, step_folder(folder, step))
+            _fsync(folder)
+            break
+        except (OSError, tf.errors.OpError) as e:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if attempt == _ATTEMPTS - 1 or _is_full(e):
+                raise _storage_error(folder, step, tensors, e) from e
+            logging.warning("Writing the checkpoint of step %d failed (%s); trying again.", step, e)
+            time.sleep(2**attempt)
+    prune(folder, keep)
+
+
+def prune(folder, keep):
+    """Delete all but the newest `keep` checkpoints: renamed first, so that a half-deleted one is never read."""
+    for step in list_steps(folder)[:-keep]:
+        trash = os.path.join(folder, f".trash-{step}-{uuid.uuid4().hex}")
+        os.rename(step_folder(folder, step), trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def sweep(folder):
+    """Remove what crashes have left: `.tmp-*` and `.trash-*`. Only for the process that holds the workdir's lock."""
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        if name.startswith((".tmp-", ".trash-")):
+            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+
+
+def restore_latest(folder, *, quarantine=False):
+    """(step, {name: array}) of the newest checkpoint that verifies, or None where there is none at all.
+
+    Args:
+        folder: the workdir's `ckpt`.
+        quarantine: rename folders that do not verify to `corrupt-*`; only for the holder of the workdir's lock.
+
+    Raises:
+        NoValidCheckpointError: there are checkpoints, and none verifies.
+    """
+    steps, problems = list_steps(folder)[::-1], []
+    for step in steps:
+        path = step_folder(folder, step)
+        try:
+            verify(path)
+            return step, read_bundle(os.path.join(path, _BUNDLE))
+        except (InputError, OSError) as e:  # OSError: pruned under a reader, or unreadable
+            problems.append(f"step {step}: {e}")
+            logging.warning("The checkpoint of step %d cannot be used: %s", step, e)
+            if quarantine and os.path.isdir(path):
+                os.rename(path, os.path.join(folder, f"corrupt-{step}-{uuid.uuid4().hex}"))
+    if problems:
+        raise NoValidCheckpointError(
+            f"None of the {len(problems)} checkpoints in {folder} can be used:\n  " + "\n  ".join(problems)
+        )
+    return None
+
+
+def verify(path):
+    """Compare a checkpoint folder with its manifest, file by file.
+
+    Raises:
+        InputError: naming the file, with what was found and expected.
+    """
+    manifest = os.path.join(path, _MANIFEST)
+    try:
+        with open(manifest) as f:
+            files = {name: (entry["size"], entry["sha256"]) for name, entry in json.load(f).items()}
+    except FileNotFoundError:
+        raise InputError(f"{manifest} is missing.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{manifest} cannot be read: {e}") from e
+    if f"{_BUNDLE}.index" not in files:
+        raise InputError(f"{manifest} names no tensors.")
+    for name, (size, digest) in files.items():
+        file = os.path.join(path, name)
+        found = os.path.getsize(file) if os.path.isfile(file) else None
+        if found != size:
+            raise InputError(f"{file} has {found} bytes, expected {size}.")
+        if _sha256(file) != digest:
+            raise InputError(f"{file} has other contents than when it was written (SHA-256).")
+
+
+def _write(temporary, tensors, meta):
     os.makedirs(temporary)
     write_bundle(os.path.join(temporary, _BUNDLE), tensors)
     with open(os.path.join(temporary, "meta.json"), "w") as f:
-        json.dump(meta, f, indent=2)
-    os.replace(temporary, step_folder(folder, step))
-    for old in list_steps(folder)[:-keep]:
-        trash = os.path.join(folder, f".trash-{old}-{uuid.uuid4().hex}")
-        os.replace(step_folder(folder, old), trash)
-        shutil.rmtree(trash)
+        json.dump({"format": FORMAT, **meta}, f, indent=2)
+    paths = {name: os.path.join(temporary, name) for name in sorted(os.listdir(temporary))}
+    manifest = {name: {"size": os.path.getsize(p), "sha256": _sha256(p)} for name, p in paths.items()}
+    with open(os.path.join(temporary, _MANIFEST), "w") as f:
+        json.dump(manifest, f, indent=2)
+    for path in (*paths.values(), os.path.join(temporary, _MANIFEST), temporary):
+        _fsync(path)
 
 
-def restore_latest(folder):
-    """(step, {name: array}) of the newest checkpoint, or None where there is none."""
-    steps = list_steps(folder)
-    if not steps:
-        return None
-    return steps[-1], read_bundle(os.path.join(step_folder(folder, steps[-1]), _BUNDLE))
+def _fsync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _is_full(error):
+    """Out of space or over a file size limit: trying again at once does not help."""
+    text = str(error)
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or any(
+        word in text for word in ("No space left", "File too large", "quota")
+    )
+
+
+def _storage_error(folder, step, tensors, error):
+    needed, free = sum(np.asarray(a).nbytes for a in tensors.values()), shutil.disk_usage(os.path.dirname(folder)).free
+    return StorageError(
+        f"The checkpoint of step {step} cannot be written to {folder}: {error}. It needs {needed:,} bytes; {free:,} are "
+        "free. The checkpoints before it are kept: make room and start again with the same command."
+    )

@@ -1,0 +1,194 @@
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ddpm_tf.errors import NoValidCheckpointError, NumericsError, StorageError, WorkdirError
+from ddpm_tf.experiment.workdir import locked
+from ddpm_tf.training import checkpoints
+
+TENSORS = {"network/a": np.arange(6, dtype=np.float32).reshape(2, 3), "step": np.array(7)}
+
+
+def names(folder):
+    return sorted(p.name for p in Path(folder).iterdir())
+
+
+def save(folder, *steps, keep=3):
+    os.makedirs(folder, exist_ok=True)
+    for step in steps:
+        checkpoints.save(str(folder), step, {**TENSORS, "step": np.array(step)}, {"version": "x"}, keep=keep)
+
+
+def test_saving_and_restoring_is_the_identity(tmp_path):
+    assert checkpoints.restore_latest(tmp_path / "none") is None
+    save(tmp_path, 7)
+    step, tensors = checkpoints.restore_latest(tmp_path)
+    assert step == 7 and tensors.keys() == TENSORS.keys()
+    np.testing.assert_array_equal(tensors["network/a"], TENSORS["network/a"])
+    assert names(tmp_path / "step_000000000007") == [
+        "MANIFEST.json",
+        "meta.json",
+        "state.data-00000-of-00001",
+        "state.index",
+    ]
+    assert json.loads((tmp_path / "step_000000000007" / "meta.json").read_text())["format"] == checkpoints.FORMAT
+
+
+def test_the_newest_are_kept_and_litter_is_swept(tmp_path):
+    save(tmp_path, 1, 2, 3, 4, keep=2)
+    assert names(tmp_path) == ["step_000000000003", "step_000000000004"]
+    for name in (".tmp-5-x", ".trash-1-y"):
+        shutil.copytree(tmp_path / "step_000000000003", tmp_path / name)
+    assert checkpoints.restore_latest(tmp_path)[0] == 4
+    checkpoints.sweep(tmp_path)
+    assert names(tmp_path) == ["step_000000000003", "step_000000000004"]
+
+
+def corrupt(path, rng):
+    """One random corruption of one random file of a checkpoint folder; returns what was done."""
+    file = rng.choice(sorted(path.iterdir()))
+    kind = rng.choice(["flip", "cut", "empty", "remove", "grow"])
+    data = bytearray(file.read_bytes())
+    if kind == "flip":
+        data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+    elif kind == "cut":
+        del data[rng.integers(len(data)) :]
+    elif kind == "empty":
+        data.clear()
+    elif kind == "grow":
+        data += b"x"
+    file.unlink() if kind == "remove" else file.write_bytes(data)
+    return f"{kind} {file.name}"
+
+
+def test_random_corruptions_are_detected_and_the_one_before_is_used(tmp_path):
+    rng = np.random.Generator(np.random.PCG64(0))
+    save(tmp_path / "good", 1, 2)
+    for k in range(100):
+        folder = tmp_path / str(k)
+        shutil.copytree(tmp_path / "good", folder)
+        done = corrupt(folder / "step_000000000002", rng)
+        step, tensors = checkpoints.restore_latest(folder)
+        assert step == 1 and tensors["step"] == 1, done
+        shutil.rmtree(folder)
+
+
+def test_a_damaged_manifest_that_still_parses_is_no_manifest(tmp_path):
+    save(tmp_path, 1, 2)
+    (tmp_path / "step_000000000002" / "MANIFEST.json").write_text("{}")
+    assert checkpoints.restore_latest(tmp_path)[0] == 1
+
+
+def test_only_the_trainer_renames_what_does_not_verify(tmp_path):
+    save(tmp_path, 1, 2)
+    (tmp_path / "step_000000000002" / "state.index").unlink()
+    checkpoints.restore_latest(tmp_path)
+    assert "step_000000000002" in names(tmp_path)
+    checkpoints.restore_latest(tmp_path, quarantine=True)
+    assert names(tmp_path)[0].startswith("corrupt-2-") and names(tmp_path)[1:] == ["step_000000000001"]
+
+
+def test_no_valid_checkpoint_is_an_error_and_not_a_start_at_zero(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "step_000000000001" / "state.index").write_bytes(b"")
+    with pytest.raises(NoValidCheckpointError, match="step 1: .*state.index has 0 bytes, expected") as e:
+        checkpoints.restore_latest(tmp_path)
+    assert e.value.exit_code == 76
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    save(tmp_path, 1)
+    with pytest.raises(NumericsError, match="network/a is not finite after step 2") as e:
+        checkpoints.save(str(tmp_path), 2, {"network/a": np.array([1.0, np.nan])}, {}, keep=1)
+    assert e.value.exit_code == 70 and names(tmp_path) == ["step_000000000001"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_no_litter(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "_fsync", full)
+    with pytest.raises(StorageError, match=r"No space left.*It needs \d+ bytes; [\d,]+ are free") as e:
+        save(tmp_path, 2)
+    assert e.value.exit_code == 74 and names(tmp_path) == ["step_000000000001"]
+    monkeypatch.undo()
+    save(tmp_path, 2)
+    assert checkpoints.restore_latest(tmp_path)[0] == 2
+
+
+def test_a_passing_fault_is_tried_again(tmp_path, monkeypatch):
+    faults, fsync = [OSError(errno.EIO, "Input/output error")] * 2, checkpoints._fsync
+    monkeypatch.setattr(checkpoints.time, "sleep", lambda seconds: None)
+
+    def flaky(path):
+        if faults:
+            raise faults.pop()
+        fsync(path)
+
+    monkeypatch.setattr(checkpoints, "_fsync", flaky)
+    save(tmp_path, 1)
+    assert names(tmp_path) == ["step_000000000001"] and not faults
+
+
+def test_files_reach_the_disk_before_the_name_does(tmp_path, monkeypatch):
+    events, fsync, rename = [], checkpoints._fsync, os.rename
+    monkeypatch.setattr(checkpoints, "_fsync", lambda p: (events.append(("fsync", Path(p).name)), fsync(p)))
+    monkeypatch.setattr(os, "rename", lambda a, b: (events.append(("rename", Path(b).name)), rename(a, b)))
+    save(tmp_path / "ckpt", 1)
+    kinds = [kind for kind, _ in events]
+    files = {name for kind, name in events[: kinds.index("rename")]}
+    assert {"state.index", "state.data-00000-of-00001", "meta.json", "MANIFEST.json"} < files
+    assert any(name.startswith(".tmp-1-") for name in files)
+    assert events[kinds.index("rename") :] == [("rename", "step_000000000001"), ("fsync", "ckpt")]
+
+
+def test_the_second_trainer_is_told_who_is_first(tmp_path):
+    with locked(str(tmp_path)):
+        with pytest.raises(
+            WorkdirError, match=f"in use by another training: host .*, process {os.getpid()}, started"
+        ) as e:
+            with locked(str(tmp_path)):
+                pass
+        assert e.value.exit_code == 73
+    with locked(str(tmp_path)):  # freed
+        pass
+
+
+@pytest.mark.slow
+def test_a_killed_trainer_frees_its_lock(tmp_path):
+    code = """
+import sys, time
+from ddpm_tf.experiment.workdir import locked
+with locked(sys.argv[1]):
+    print('held', flush=True)
+    time.sleep(60)
+"""
+    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "held\n"
+    with pytest.raises(WorkdirError, match=f"process {child.pid},"), locked(str(tmp_path)):
+        pass
+    child.kill()
+    child.wait()
+    with locked(str(tmp_path)):
+        assert str(os.getpid()) in (tmp_path / ".lock").read_text()
+
+
+def test_a_workdir_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(WorkdirError, match="cannot be written to: .*Permission denied"), locked(str(tmp_path)):
+        pass
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(WorkdirError, match="cannot be written to"), locked(str(tmp_path / "file" / "w")):
+        pass
