@@ -40,6 +40,14 @@ class NoValidCheckpointError(RunError):
     exit_code = 76
 
 
+class Interrupted(RunError):
+    """A signal ended the run after its state was saved; exit code 128 + the signal's number."""
+
+    def __init__(self, message, signal_number):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
 def unknown_name(kind, name, known):
     """The error for a name that is not in a table of choices."""
     return InputError(f"Unknown {kind} {name!r}; expected one of {sorted(known)}.")

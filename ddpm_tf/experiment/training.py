@@ -2,13 +2,14 @@
 
 import os
 import shlex
+import signal
 
 from absl import logging
 
 from ddpm_tf import builders, images
 from ddpm_tf import config as config_lib
 from ddpm_tf.bundles import assign
-from ddpm_tf.errors import InputError
+from ddpm_tf.errors import InputError, Interrupted
 from ddpm_tf.experiment.sampling import make_picture, sample_in_batches
 from ddpm_tf.experiment.workdir import check_workdir, locked, meta, write_config
 from ddpm_tf.training import callbacks, checkpoints
@@ -36,14 +37,21 @@ def describe(config):
     )
 
 
-def train(config, workdir, *, download=False):
+def train(config, workdir, *, download=False, grace_period_s=30.0):
     """Train, or go on with, the run in `workdir`; ends with a sample grid.
+
+    Args:
+        config: a ConfigDict of `config.default()`'s fields.
+        workdir: the run's folder; its newest checkpoint that verifies is gone on from.
+        download: let TFDS fetch a data set that is not prepared.
+        grace_period_s: after SIGTERM or SIGINT, seconds in which the step is finished and its state saved.
 
     Raises:
         InputError: a config, data set or workdir that cannot be used. Nothing has been written then.
         WorkdirError: a workdir that cannot be written to, or in which another process trains.
         NoValidCheckpointError: checkpoints of which none verifies; training never starts again at 0 by itself.
         StorageError, NumericsError: a checkpoint that could not, or must not, be written.
+        Interrupted: SIGTERM or SIGINT; the state was saved.
     """
     config_lib.validate(config)
     configure_devices()
@@ -63,12 +71,22 @@ def train(config, workdir, *, download=False):
         start_step = _restore(model, workdir)
         dataset = builders.build_dataset(config, source, start_step=start_step) if start_step else first_batches
         write_config(workdir, config)
+        sample_fn = _make_sample_fn(config, model, workdir)
+        every_step = _make_callbacks(config, workdir, start_step, sample_fn, grace_period_s)
         model.fit(
             dataset,
             steps_per_epoch=config.train.num_steps - start_step,
             verbose=0,
             shuffle=False,
-            callbacks=_make_callbacks(config, workdir, start_step, _make_sample_fn(config, model, workdir)),
+            callbacks=list(every_step.values()),
+        )
+        number = every_step["stop"].signal
+        step = int(model.optimizer.iterations.numpy())
+    if number is not None:
+        raise Interrupted(
+            f"{signal.Signals(number).name}: stopped after step {step} of {config.train.num_steps}, whose state is saved. "
+            "The same command goes on.",
+            number,
         )
     print(_where(workdir))
 
@@ -103,19 +121,22 @@ def _make_sample_fn(config, model, workdir):
     return sample_fn
 
 
-def _make_callbacks(config, workdir, start_step, sample_fn):
+def _make_callbacks(config, workdir, start_step, sample_fn, grace_period_s):
+    """{name: callback}, in the order in which they act after a step."""
     t, batch_size = config.train, config.data.batch_size
-    return [
-        callbacks.Progress(start_step, num_steps=t.num_steps, batch_size=batch_size, log_every=t.log_every),
-        callbacks.Metrics(
+    saving = callbacks.Checkpoints(
+        start_step, folder=os.path.join(workdir, "ckpt"), every=t.checkpoint_every, num_steps=t.num_steps,
+        keep=t.keep_checkpoints, meta=meta(config),
+    )  # fmt: skip
+    return {
+        "progress": callbacks.Progress(start_step, num_steps=t.num_steps, batch_size=batch_size, log_every=t.log_every),
+        "metrics": callbacks.Metrics(
             start_step, workdir=workdir, batch_size=batch_size, log_every=t.log_every, summaries=sample_fn.summaries
         ),
-        callbacks.Checkpoints(
-            start_step, folder=os.path.join(workdir, "ckpt"), every=t.checkpoint_every, num_steps=t.num_steps,
-            keep=t.keep_checkpoints, meta=meta(config),
-        ),
-        callbacks.SampleGrids(start_step, every=t.sample_every, num_steps=t.num_steps, sample_fn=sample_fn),
-    ]  # fmt: skip
+        "checkpoints": saving,
+        "stop": callbacks.StopOnSignal(start_step, checkpoints=saving, grace_period_s=grace_period_s),
+        "grids": callbacks.SampleGrids(start_step, every=t.sample_every, num_steps=t.num_steps, sample_fn=sample_fn),
+    }
 
 
 def _where(workdir):

@@ -1,11 +1,15 @@
 """What happens between steps: progress, metrics, checkpoints, sample grids."""
 
+import concurrent.futures
 import json
 import os
+import signal
 import sys
+import threading
 import time
 
 import keras
+import numpy as np
 import tensorflow as tf
 from absl import logging
 from tqdm import tqdm
@@ -107,27 +111,83 @@ class Metrics(StepCallback):
 
 
 class Checkpoints(StepCallback):
-    """A checkpoint every `every` steps and at the end."""
+    """A checkpoint every `every` steps and at the end, written by a thread of its own while training goes on.
+
+    The tensors are copied between two steps; an error of the writing thread is raised after the step it is seen at.
+    """
 
     def __init__(self, start_step, *, folder, every, num_steps, keep, meta):
         super().__init__(start_step)
         self.folder, self.every, self.num_steps, self.keep, self.meta = folder, every, num_steps, keep, meta
+        self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
+        self._pending, self._saved_step = None, None
 
     def on_step(self, step, logs):
+        if self._pending is not None and self._pending.done():
+            self.wait()
         if is_due(step, self.every) or step == self.num_steps:
-            tensors = {name: v.numpy() for name, v in checkpoints.variables_by_name(self.model).items()}
-            checkpoints.save(self.folder, step, tensors, self.meta, keep=self.keep)
+            self.save(step)
+
+    def save(self, step):
+        """Begin to write the checkpoint of `step`, unless that has been done; one at a time."""
+        if step == self._saved_step:
+            return
+        self.wait()
+        tensors = {name: np.array(v) for name, v in checkpoints.variables_by_name(self.model).items()}
+        self._saved_step = step
+        self._pending = self._writer.submit(checkpoints.save, self.folder, step, tensors, self.meta, keep=self.keep)
+
+    def wait(self):
+        """Until nothing is being written; raises what the writing raised."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def on_train_end(self, logs=None):
+        self.wait()
+
+
+class StopOnSignal(StepCallback):
+    """SIGTERM or SIGINT: the step is finished, a checkpoint saved, and `fit` ends; `signal` says which came.
+
+    A second signal leaves at once, as does the end of the grace period; a checkpoint that is being written then is left
+    half-written, which is harmless: the one before it is the newest that verifies.
+    """
+
+    def __init__(self, start_step, *, checkpoints, grace_period_s):
+        super().__init__(start_step)
+        self.checkpoints, self.grace_period_s, self.signal = checkpoints, grace_period_s, None
+
+    def on_train_begin(self, logs=None):
+        self._previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def _on_signal(self, number, frame):
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+        watchdog = threading.Timer(self.grace_period_s, os._exit, [128 + number])
+        watchdog.daemon = True
+        watchdog.start()
+
+    def on_step(self, step, logs):
+        if self.signal is not None:
+            self.checkpoints.save(step)
+            self.model.stop_training = True
+
+    def on_train_end(self, logs=None):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
 
 class SampleGrids(StepCallback):
-    """Calls sample_fn(step) every `every` steps and at the end."""
+    """Calls sample_fn(step) every `every` steps and at the end, unless training is being stopped."""
 
     def __init__(self, start_step, *, every, num_steps, sample_fn):
         super().__init__(start_step)
         self.every, self.num_steps, self.sample_fn = every, num_steps, sample_fn
 
     def on_step(self, step, logs):
-        if is_due(step, self.every) or step == self.num_steps:
+        if (is_due(step, self.every) or step == self.num_steps) and not self.model.stop_training:
             self.sample_fn(step)
 
 
