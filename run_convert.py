@@ -50,6 +50,9 @@ def main(_):
     else:
         report = experiment.import_tf1(_CHECKPOINT.value, _CONFIG.value, _WORKDIR.value, reference=_REFERENCE.value)
     print(report)
+    if _CONFIG.value is not None:
+        path = config_flags.get_config_filename(flags.FLAGS["config"])
+        print(f"Train on: python run_train.py --config={path} --workdir={_WORKDIR.value}")
 
 
 if __name__ == "__main__":

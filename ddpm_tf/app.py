@@ -62,6 +62,7 @@ def _parse_flags(argv):
     """absl's own parser leaves with 1 on errors and on --help, and an unknown --config.x is a traceback there."""
     if any(a in ("--help", "-help", "-h", "--helpfull", "-helpfull", "--helpshort", "-helpshort") for a in argv[1:]):
         print(sys.modules["__main__"].__doc__ + "\nFlags:\n" + flags.FLAGS.main_module_help())
+        print(flags.FLAGS.module_help(sys.modules[__name__]))
         if "config" in flags.FLAGS:
             print("\nFields of --config, with their defaults (configs/*.py change some):\n" + config_lib.describe())
         sys.exit(0)
@@ -73,13 +74,7 @@ def _parse_flags(argv):
         _leave(str(e), 2)
     except flags.Error as e:
         _leave(f"{e}\nTry --help.", 2)
-    except (
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        OSError,
-    ) as e:  # from the config file or a field of it
+    except Exception as e:  # whatever the config file, which is Python, or a field of it raises
         _leave(_explain_config_error(argv, e), 2)
     if len(rest) > 1:
         _leave(f"Unexpected arguments {rest[1:]}; every setting is a flag, --name=value. Try --help.", 2)
@@ -94,4 +89,4 @@ def _explain_config_error(argv, error):
         if name.startswith("config.") and path not in known:
             close = config_lib.suggest(path)
             return f"Unknown config field --{name}." + (f" Did you mean --config.{close}?" if close else " Try --help.")
-    return f"--config cannot be read: {str(error).strip()}"
+    return f"--config cannot be read: {type(error).__name__}: {str(error).strip()}"

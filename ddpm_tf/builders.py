@@ -21,11 +21,11 @@ def image_shape(config):
     return config.data.image_size, config.data.image_width or config.data.image_size, config.data.channels
 
 
-def build_source(config, *, download=False):
+def build_source(config, *, download=False, read_only=False):
     data = config.data
     return load_source(
         data.source, image_shape=image_shape(config), split=data.split, data_dir=data.data_dir, download=download,
-        in_memory_mb=data.in_memory_mb,
+        in_memory_mb=data.in_memory_mb, read_only=read_only,
     )  # fmt: skip
 
 

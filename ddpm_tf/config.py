@@ -117,6 +117,9 @@ def validate(config):
         problems.append(f"data.channels must be 1 or 3, found {config.data.channels}")
     if config.train.jit_compile not in ("auto", "on", "off"):
         problems.append(f"train.jit_compile must be auto, on or off, found {config.train.jit_compile!r}")
+    for path in ("seed", "sample.seed"):
+        if not -(2**63) <= get(config, path) < 2**63:
+            problems.append(f"{path} must fit in 64 bits, found {get(config, path)}")
     steps = config.train.steps_per_execution
     problems += [
         f"{p}={get(config, p)} must be a multiple of train.steps_per_execution={steps}"

@@ -16,6 +16,16 @@ class InputError(RunError, ValueError):
     exit_code = 2
 
 
+class DataNotFoundError(InputError):
+    """The data are not there: not prepared, not downloaded, no such file."""
+
+
+class BadDataError(RunError):
+    """Data that turned out to be unusable in the middle of a run."""
+
+    exit_code = 65
+
+
 class NumericsError(RunError):
     """Numbers that are not finite, and nothing sensible left to do."""
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from PIL import Image
 from configs import cifar10, digits
 from ddpm_tf import config as config_lib
 from ddpm_tf import experiment
-from ddpm_tf.errors import InputError
+from ddpm_tf.errors import BadDataError, InputError
 from ddpm_tf.training import checkpoints
 
 ROOT = Path(__file__).parent.parent
@@ -232,6 +234,7 @@ DIGITS = ("run_train.py", "--config=configs/digits.py", "--workdir=W")
             ["run_train.py", "--workdir=W", "--config=configs/cifar10.py", "--config.data.data_dir=W"],
             "tfds build cifar10",
         ),
+        (["run_train.py", "--workdir=W", "--config=README.md"], "SyntaxError"),
         (["run_train.py", "W"], "Unexpected arguments"),
         ([*DIGITS[:2]], "--workdir is missing"),
         ([*DIGITS, "--workdri=W"], "workdri"),
@@ -278,11 +281,91 @@ def test_dry_run_prints_the_papers_parameter_count_and_writes_nothing(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["run_train.py", "run_sample.py"])
+@pytest.mark.parametrize("program", ["run_train.py", "run_sample.py", "run_convert.py"])
 def test_help_is_complete(program):
     result = command(program, "--help")
     assert result.returncode == 0
-    assert "--workdir" in result.stdout
+    source = (ROOT / program).read_text() + 'DEFINE_bool("debug"'
+    for name in re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source):
+        assert re.search(rf"--(\[no\])?{name}\b", result.stdout), name
     if program == "run_train.py":
         for field in config_lib.FIELDS:
             assert f"--config.{field.path}=" in result.stdout and field.doc in result.stdout
+
+
+def streamed_folder(tmp_path, bad):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for k in range(12):
+        Image.fromarray(np.full((8, 8), k, np.uint8)).save(folder / f"{k:02}.png")
+    if bad == "header":
+        (folder / "05.png").write_bytes(b"not an image")
+    elif bad == "pixels":
+        noise = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (64, 64), np.uint8)
+        Image.fromarray(noise).save(folder / "05.png")
+        content = (folder / "05.png").read_bytes()
+        (folder / "05.png").write_bytes(content[: len(content) // 2])
+    config = tiny_config(6)
+    config.data.source = f"folder:{folder}"
+    config.data.in_memory_mb = 0
+    return config
+
+
+def test_a_file_that_is_no_image_shows_before_work_begins_also_when_streamed(tmp_path):
+    config = streamed_folder(tmp_path, "header")
+    with pytest.raises(InputError, match="05.png .* cannot be read as an image"):
+        experiment.train(config, str(tmp_path / "w"))
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.slow
+def test_an_image_that_breaks_in_the_middle_of_a_run_ends_it_with_its_name(tmp_path):
+    with pytest.raises(BadDataError, match="05.png .* cannot be read as an image.*Training stopped") as e:
+        experiment.train(streamed_folder(tmp_path, "pixels"), str(tmp_path / "w"))
+    assert e.value.exit_code == 65
+
+
+def test_a_step_that_steps_per_execution_does_not_divide_is_refused(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / "w")
+    config = tiny_config(12)
+    config.train.steps_per_execution = 3
+    config.train.log_every = config.train.checkpoint_every = 3
+    with pytest.raises(InputError, match="goes on from step 4, which is no multiple of train.steps_per_execution=3"):
+        experiment.train(config, str(tmp_path / "w"))
+
+
+@pytest.mark.slow
+def test_a_run_that_ended_before_its_last_pictures_draws_them(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / "w")
+    grid = tmp_path / "w" / "samples" / "step_000000000004_ema.png"
+    expected = grid.read_bytes()
+    grid.unlink()
+    experiment.train(tiny_config(), str(tmp_path / "w"))
+    assert grid.read_bytes() == expected
+
+
+def test_a_folder_of_something_else_is_no_workdir(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 100}\n')
+    with pytest.raises(InputError, match="holds 'metrics.jsonl' and no config.json"):
+        experiment.train(tiny_config(), str(tmp_path))
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 100}\n'
+
+
+def test_a_dry_run_tells_mistakes_and_writes_nothing(tmp_path):
+    for field, value, message in (
+        ("data.source", "bogus", "Unknown data source"),
+        ("train.loss", "bogus", "Unknown loss"),
+        ("train.loss", "hybrid", "makes no sense"),
+        ("network.ch_mult", (0,), "positive integers"),
+        ("optimizer.learning_rate", float("nan"), "learning_rate must be positive"),
+        ("optimizer.beta_1", 1.5, "within"),
+        ("seed", 2**63, "64 bits"),
+    ):
+        config = tiny_config()
+        config_lib.put(config, field, value)
+        with pytest.raises(InputError, match=message):
+            experiment.describe(config)
+    config = tiny_config()
+    config.data.source = f"tfrecord:{tmp_path / 'none.tfrecords'}"
+    assert "unknown, data set not prepared" in experiment.describe(config)
+    assert not list(tmp_path.iterdir())

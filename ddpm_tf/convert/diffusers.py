@@ -63,7 +63,9 @@ def load_diffusers(path):
             config key), weights that do not fit it (with a table).
     """
     weights, config_path = _find_files(os.fspath(path))
-    network = UNet(**read_architecture(config_path))
+    architecture = read_architecture(config_path)
+    _check_size(architecture, weights, config_path)
+    network = UNet(**architecture)
     expected = {diffusers_name(v.path, len(network.ch_mult)): v for v in network.variables}
     shapes = {name: _their_shape(v) for name, v in expected.items()}
     arrays = _read_safetensors(weights, shapes)
@@ -145,7 +147,11 @@ def read_architecture(path):
     ch, levels = channels[0], len(channels)
     down, up = (config.get(key) for key in ("down_block_types", "up_block_types"))
     for key, types, known in (("down_block_types", down, _DOWN), ("up_block_types", up, _UP)):
-        if not isinstance(types, list) or len(types) != levels or any(t not in known for t in types):
+        if (
+            not isinstance(types, list)
+            or len(types) != levels
+            or any(not isinstance(t, str) or t not in known for t in types)
+        ):
             raise InputError(f"{path}: {key} is {types!r}; expected {levels} of {sorted(known)}.")
     has_attn = [_DOWN[t] for t in down]
     if has_attn != [_UP[t] for t in reversed(up)]:
@@ -153,10 +159,16 @@ def read_architecture(path):
     if any(c <= 0 or c % ch for c in channels):
         raise InputError(f"{path}: block_out_channels {channels} must be multiples of the first.")
     size = config.get("sample_size")
-    height, width = _ints({"sample_size": [size] * 2 if _is_int(size) else size}, "sample_size", path)
+    size = _ints({"sample_size": [size] * 2 if _is_int(size) else size}, "sample_size", path)
+    if len(size) != 2:
+        raise InputError(f"{path}: sample_size is {size}, expected one number or two.")
+    height, width = size
+    dropout = config.get("dropout", 0.0)
+    if not _is_number(dropout) or not 0 <= dropout < 1:
+        raise InputError(f"{path}: dropout is {dropout!r}, expected a number within [0, 1).")
     counts = {k: config.get(k, d) for k, d in (("in_channels", 3), ("out_channels", 3), ("layers_per_block", 2))}
     for key, value in counts.items():
-        if not _is_int(value) or not 0 < value <= 4096:
+        if not _is_int(value) or not 0 < value <= 64:
             raise InputError(f"{path}: {key} is {value!r}, expected a positive integer.")
     return {
         "image_shape": (height, width, counts["in_channels"]),
@@ -165,7 +177,7 @@ def read_architecture(path):
         "ch_mult": tuple(c // ch for c in channels),
         "num_res_blocks": counts["layers_per_block"],
         "attn_resolutions": tuple(height >> level for level in range(levels) if has_attn[level]),
-        "dropout": float(config.get("dropout", 0.0)),
+        "dropout": float(dropout),
     }
 
 
@@ -193,6 +205,18 @@ def describe_architecture(network):
         "dropout": network.dropout,
         **{key: wanted for key, (wanted, _) in _FIXED.items()},
     }
+
+
+def _check_size(architecture, weights, config_path):
+    """Refuse, before any memory is taken, an architecture whose 3x3 convolutions alone outgrow the file."""
+    blocks = 2 * architecture["num_res_blocks"] + 1
+    widths = [architecture["ch"] * m for m in architecture["ch_mult"]]
+    least = 4 * 9 * (blocks * sum(w * w for w in widths) + 4 * widths[-1] ** 2)
+    if least > os.path.getsize(weights):
+        raise InputError(
+            f"{config_path} describes a network of more than {least:,} bytes, but {weights} has "
+            f"{os.path.getsize(weights):,}: the file is truncated, or they do not belong together."
+        )
 
 
 def _find_files(path):

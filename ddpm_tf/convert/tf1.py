@@ -40,12 +40,13 @@ def tf1_name(path):
     return f"{scope}/{_LEAVES[leaf]}"
 
 
-def read_tf1_checkpoint(path, *, shapes=None):
+def read_tf1_checkpoint(path, *, shapes=None, beta_1=0.9, beta_2=0.999):
     """Read a checkpoint of the release (`PATH/model.ckpt-790000`).
 
     Args:
         path: the path without `.index`.
         shapes: {TF1 name: shape} of the network; checked before any tensor is read. None: as the file says.
+        beta_1, beta_2: Adam's, which the file's beta powers have to agree with.
 
     Returns:
         TF1State.
@@ -63,12 +64,19 @@ def read_tf1_checkpoint(path, *, shapes=None):
     if path.endswith(".index"):
         path = path.removesuffix(".index")
     arrays = read_bundle(path, check=lambda found: _check_layout(found, shapes, path))
-    bad = [name for name, array in arrays.items() if name not in _SCALARS and array.dtype != np.float32]
+    bad = [name for name, array in arrays.items() if name != "global_step" and array.dtype != np.float32]
     if bad:
         raise InputError(f"{path}: {bad[0]} is {arrays[bad[0]].dtype}, expected float32.")
+    bad = [name for name, array in arrays.items() if name != "global_step" and not np.isfinite(array).all()]
+    if bad:
+        raise InputError(f"{path}: {bad[0]} has values that are not finite.")
     groups = _by_suffix(arrays)
-    step = int(arrays["global_step"]) if "global_step" in arrays else None
-    for name, beta in (("beta1_power", 0.9), ("beta2_power", 0.999)):
+    step = arrays.get("global_step")
+    if step is not None:
+        if step.dtype.kind not in "iu" or step < 0:
+            raise InputError(f"{path}: global_step is {step} ({step.dtype}), expected an integer of at least 0.")
+        step = int(step)
+    for name, beta in (("beta1_power", beta_1), ("beta2_power", beta_2)):
         # A product of step + 1 float32 numbers; a contradiction means that file and step do not belong together.
         if step is not None and name in arrays and abs(arrays[name] - beta ** (step + 1)) > 1e-2:
             raise InputError(
@@ -194,6 +202,8 @@ def fields_of_kwargs(kwargs):
             if kwargs[theirs] not in table:
                 raise InputError(f"kwargs.json has {theirs}={kwargs[theirs]!r}; the release knows {sorted(table)}.")
             fields[ours] = table[kwargs[theirs]]
+    if kwargs.get("loss_type") == "noisepred":
+        fields["diffusion.prediction"] = "eps"
     if "model_name" in kwargs:
         if kwargs["model_name"] not in _NETWORKS:
             raise InputError(

@@ -1,5 +1,6 @@
 """Where images come from. A source has num_examples, image_shape and read(indices) -> {"image", ("label")}."""
 
+import contextlib
 import math
 import os
 from typing import NamedTuple
@@ -9,7 +10,7 @@ import tensorflow as tf
 from PIL import Image, ImageOps
 
 from ddpm_tf.data.tfrecords import TFRecordSource
-from ddpm_tf.errors import InputError, unknown_name
+from ddpm_tf.errors import DataNotFoundError, InputError, unknown_name
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
 
@@ -25,6 +26,13 @@ class ArraySource:
     def __init__(self, images, labels=None):
         if images.dtype != np.uint8 or images.ndim != 4 or len(images) == 0:
             raise InputError(f"Images must be uint8 [N, H, W, C], found {images.dtype} {list(images.shape)}.")
+        if labels is not None:
+            labels = np.asarray(labels)
+            if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+                raise InputError(
+                    f"Labels must be integers, one for each of the {len(images)} images, found {labels.dtype} "
+                    f"{list(labels.shape)}."
+                )
         self.num_examples, self.image_shape = len(images), tuple(images.shape[1:])
         with tf.device("CPU"):
             self.tensors = {"image": tf.constant(images)}
@@ -40,14 +48,14 @@ class FolderSource:
 
     def __init__(self, paths, image_shape):
         self.num_examples, self.image_shape = len(paths), tuple(image_shape)
-        self._paths = paths
+        self.paths = paths
 
     def read(self, indices):
         return {"image": tf.numpy_function(self.decode, [indices], tf.uint8)}
 
     def decode(self, indices):
         """numpy int [B] -> uint8 [B, H, W, C]."""
-        return np.stack([decode_image(self._paths[i], self.image_shape) for i in indices])
+        return np.stack([decode_image(self.paths[i], self.image_shape) for i in indices])
 
 
 def decode_image(path, image_shape):
@@ -58,25 +66,31 @@ def decode_image(path, image_shape):
             per channel, or with other channels than asked for.
     """
     height, width, channels = image_shape
-    try:
-        with Image.open(path) as image:
-            _check_header(path, image, channels)
-            image = ImageOps.exif_transpose(image)
-            image = image.convert("L" if channels == 1 else "RGB")
-    except InputError:
-        raise
-    except Exception as e:  # Pillow raises many kinds, OSError and SyntaxError among them
-        raise InputError(
-            f"{path} ({os.path.getsize(path)} bytes) cannot be read as an image: {e}. Repair or remove it."
-        ) from e
-    if image.width < width or image.height < height:
-        raise InputError(
-            f"{path} has {image.height}x{image.width} pixels, smaller than data.image_size {height}x{width}; "
-            "images are never enlarged. Remove it or lower data.image_size."
-        )
+    with _opened(path) as image:
+        _check_header(path, image, image_shape)
+        image = ImageOps.exif_transpose(image)
+        image = image.convert("L" if channels == 1 else "RGB")
     if (image.height, image.width) != (height, width):
         image = _cut_to_aspect(image, width / height).resize((width, height), Image.Resampling.LANCZOS)
     return np.asarray(image, np.uint8).reshape(image_shape)
+
+
+def check_image(path, image_shape):
+    """Raise what `decode_image` would raise, from the file's header alone."""
+    with _opened(path) as image:
+        _check_header(path, image, image_shape)
+
+
+@contextlib.contextmanager
+def _opened(path):
+    try:
+        with Image.open(path) as image:
+            yield image
+    except InputError:
+        raise
+    except Exception as e:  # Pillow raises many kinds, OSError and SyntaxError among them
+        size = os.path.getsize(path) if os.path.exists(path) else 0
+        raise InputError(f"{path} ({size} bytes) cannot be read as an image: {e}. Repair or remove it.") from e
 
 
 def _cut_to_aspect(image, aspect):
@@ -86,7 +100,8 @@ def _cut_to_aspect(image, aspect):
     return image.crop((left, top, left + width, top + height))
 
 
-def _check_header(path, image, channels):
+def _check_header(path, image, image_shape):
+    height, width, channels = image_shape
     if getattr(image, "n_frames", 1) > 1:
         raise InputError(f"{path} is animated ({image.n_frames} frames); expected one picture.")
     if image.has_transparency_data:
@@ -96,6 +111,13 @@ def _check_header(path, image, channels):
         raise InputError(
             f"{path} has Pillow mode {image.mode}; with data.channels={channels} expected one of {expected}. "
             "Convert it, or set data.channels."
+        )
+    turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation: stored on its side
+    found = (image.width, image.height) if turned else (image.height, image.width)
+    if found[0] < height or found[1] < width:
+        raise InputError(
+            f"{path} has {found[0]}x{found[1]} pixels, smaller than data.image_size {height}x{width}; images are never "
+            "enlarged. Remove it or lower data.image_size."
         )
 
 
@@ -110,7 +132,7 @@ def load_digits(_, options):
 def load_npz(path, options):
     """An .npz file with `images` uint8 [N, H, W, C] and perhaps `labels` int [N]."""
     if not os.path.isfile(path):
-        raise InputError(f"data.source names the file {path!r}, which does not exist. Write npz:PATH.")
+        raise DataNotFoundError(f"data.source names the file {path!r}, which does not exist. Write npz:PATH.")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files}
@@ -124,7 +146,7 @@ def load_npz(path, options):
 def load_folder(path, options):
     """Every image file under a folder, in the byte order of the paths; hidden files are left out."""
     if not os.path.isdir(path):
-        raise InputError(f"data.source names the folder {path!r}, which does not exist. Write folder:PATH.")
+        raise DataNotFoundError(f"data.source names the folder {path!r}, which does not exist. Write folder:PATH.")
     paths, others = [], []
     for root, folders, files in os.walk(path):
         folders[:] = [f for f in folders if not f.startswith(".")]
@@ -141,7 +163,8 @@ def load_folder(path, options):
     source = FolderSource(sorted(paths, key=os.fsencode), options.image_shape)
     if options.fits_in_memory(len(paths)):
         return ArraySource(source.decode(range(len(paths))))
-    decode_image(paths[0], options.image_shape)  # the commonest mistakes show in the first file
+    for path in source.paths:
+        check_image(path, options.image_shape)  # headers only: a file that is no image shows before work begins
     return source
 
 
@@ -151,13 +174,17 @@ def load_tfds(name, options):
 
     try:
         builder = tfds.builder(name, data_dir=options.data_dir or None)
-    except ValueError as e:  # DatasetNotFoundError is one
-        raise InputError(f"data.source names the TFDS data set {name!r}, which does not exist.") from e
-    if options.download:
-        builder.download_and_prepare()
+    except (ValueError, AssertionError, KeyError) as e:  # no such data set, configuration or version
+        what = str(e).partition("\n")[0]
+        raise InputError(f"data.source names the TFDS data set {name!r}, which does not exist: {what}") from e
+    if options.download and not builder.is_prepared():
+        try:
+            builder.download_and_prepare()
+        except Exception as e:  # no network, a changed checksum, a manual download that is missing
+            raise InputError(f"The TFDS data set {name!r} cannot be downloaded and prepared: {e}") from e
     if not builder.is_prepared():
         where = f" --data_dir={options.data_dir}" if options.data_dir else ""
-        raise InputError(
+        raise DataNotFoundError(
             f"The TFDS data set {name!r} is not prepared in {builder.data_path}. Run\n"
             f"  tfds build {name}{where}\nor start again with --download (both need a network)."
         )
@@ -211,10 +238,10 @@ def load_tfrecord(path, options):
         names = sorted((n for n in os.listdir(path) if n.endswith((".tfrecord", ".tfrecords"))), key=os.fsencode)
         paths = [os.path.join(path, name) for name in names]
     if not paths or not os.path.isfile(paths[0]):
-        raise InputError(
+        raise DataNotFoundError(
             f"data.source names {path!r}, which is no TFRecord file and no folder of *.tfrecord or *.tfrecords files."
         )
-    source = TFRecordSource(paths, options.image_shape)
+    source = TFRecordSource(paths, options.image_shape, keep_offsets=not options.read_only)
     if options.fits_in_memory(source.num_examples):
         return ArraySource(source.decode(range(source.num_examples)))
     return source
@@ -237,12 +264,13 @@ class Options(NamedTuple):
     data_dir: str
     download: bool
     in_memory_mb: int
+    read_only: bool
 
     def fits_in_memory(self, num_examples):
         return num_examples * math.prod(self.image_shape) <= self.in_memory_mb * 2**20
 
 
-def load_source(name, *, image_shape, split="train", data_dir="", download=False, in_memory_mb=4096):
+def load_source(name, *, image_shape, split="train", data_dir="", download=False, in_memory_mb=4096, read_only=False):
     """A data source by name.
 
     Args:
@@ -251,14 +279,16 @@ def load_source(name, *, image_shape, split="train", data_dir="", download=False
             other source has to have it.
         split, data_dir, download: for tfds: which split, where it is prepared, and whether to fetch it.
         in_memory_mb: data up to this many MiB are decoded at the start and kept in memory.
+        read_only: write nothing, not even the index of a TFRecord file.
 
     Raises:
-        InputError: unknown, missing, empty or unreadable data, or images of another shape.
+        DataNotFoundError: data that are not there.
+        InputError: unknown, empty or unreadable data, or images of another shape.
     """
     kind, _, argument = name.partition(":")
     if kind not in SOURCES:
         raise unknown_name("data source", name, SOURCES)
-    options = Options(tuple(image_shape), split, data_dir, download, in_memory_mb)
+    options = Options(tuple(image_shape), split, data_dir, download, in_memory_mb, read_only)
     source = SOURCES[kind](argument, options)
     if tuple(source.image_shape) != tuple(image_shape):
         raise InputError(

@@ -2,6 +2,7 @@
 
 import os
 import struct
+import zipfile
 
 import numpy as np
 import tensorflow as tf
@@ -19,15 +20,16 @@ class TFRecordSource:
 
     Args:
         paths: the shards.
+        keep_offsets: write the index of a shard beside it.
         image_shape: (H, W, C) that every record has to have.
 
     Raises:
         InputError: a shard that is no TFRecord file or is truncated, or a first record of another kind.
     """
 
-    def __init__(self, paths, image_shape):
+    def __init__(self, paths, image_shape, *, keep_offsets=True):
         self.image_shape, self._paths = tuple(image_shape), list(paths)
-        offsets = [load_offsets(path) for path in self._paths]
+        offsets = [load_offsets(path, keep=keep_offsets) for path in self._paths]
         self._ends = np.cumsum([len(o) for o in offsets])
         self._offsets, self.num_examples = offsets, int(self._ends[-1])
         self.decode([0])
@@ -64,19 +66,24 @@ class TFRecordSource:
         return np.frombuffer(pixels[0], np.uint8).reshape(shape).transpose(1, 2, 0)
 
 
-def load_offsets(path):
-    """The byte offset of every record, uint64 [N]; kept beside the shard in PATH.offsets.npz.
+def load_offsets(path, *, keep=True):
+    """The byte offset of every record, uint64 [N]; unless `keep` is False, kept beside the shard in PATH.offsets.npz.
 
     Raises:
         InputError: a file that is empty, truncated, or no TFRecord file.
     """
     size, index = os.path.getsize(path), f"{path}.offsets.npz"
     if os.path.isfile(index):
-        with np.load(index, allow_pickle=False) as arrays:
-            if int(arrays["size"]) == size:
-                return arrays["offsets"]
-        logging.info("%s has changed since %s was written; indexing it again.", path, index)
+        try:
+            with np.load(index, allow_pickle=False) as arrays:
+                if int(arrays["size"]) == size:
+                    return arrays["offsets"]
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
+            logging.warning("%s cannot be read: %s", index, e)
+        logging.info("%s does not belong to %s as it is now; indexing it again.", index, path)
     offsets = _scan(path, size)
+    if not keep:
+        return offsets
     try:
         with open(f"{index}.tmp", "wb") as f:
             np.savez(f, offsets=offsets, size=size)

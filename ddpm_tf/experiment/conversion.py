@@ -16,6 +16,7 @@ from ddpm_tf.errors import InputError
 from ddpm_tf.experiment.sampling import load_for_inference
 from ddpm_tf.experiment.workdir import check_new, newest, read_config, write_workdir
 from ddpm_tf.training import checkpoints
+from ddpm_tf.training.distribution import configure_devices
 
 
 def import_tf1(checkpoint, config, workdir, *, reference=None):
@@ -34,12 +35,15 @@ def import_tf1(checkpoint, config, workdir, *, reference=None):
         InputError: files or settings that do not fit; nothing has been written then.
     """
     config_lib.validate(config)
+    configure_devices()
     check_new(workdir, "--workdir")
     _check_kwargs(config, os.path.join(os.path.dirname(checkpoint), "kwargs.json"))
     model = builders.build_model(config, tf.distribute.get_strategy())
     variables = checkpoints.variables_by_name(model)
     shapes = {tf1_name(v.path): tuple(v.shape) for v in model.network.variables}
-    state = read_tf1_checkpoint(checkpoint, shapes=shapes)
+    state = read_tf1_checkpoint(
+        checkpoint, shapes=shapes, beta_1=config.optimizer.beta_1, beta_2=config.optimizer.beta_2
+    )
     groups = {"network": state.weights, "ema": state.ema}
     groups |= {} if state.m is None else {"optimizer/momentum": state.m, "optimizer/velocity": state.v}
     tensors = {name: v.numpy() for name, v in variables.items()}  # moments that the file lacks stay 0
@@ -72,15 +76,24 @@ def import_diffusers(path, workdir, *, config=None, reference=None):
     Raises:
         InputError: files or settings that do not fit; nothing has been written then.
     """
+    configure_devices()
     check_new(workdir, "--workdir")
     loaded = load_diffusers(path)
     found = _config_of_network(loaded)
     if config is None:
         config = config_lib.default()
-        for field, value in found.items():
+        for field, value in {**found, "network.dropout": loaded.dropout}.items():
             config_lib.put(config, field, value)
+        if loaded.out_channels == 2 * config.data.channels:
+            config.diffusion.variance, config.train.loss = "learned_range", "hybrid"
     config_lib.validate(config)
     _check_agrees(config, found, path)
+    learned = builders.build_diffusion(config).has_learned_variance
+    if loaded.out_channels != config.data.channels * (2 if learned else 1):
+        raise InputError(
+            f"{path} has {loaded.out_channels} output channels for images of {config.data.channels}, which does not fit "
+            f"variance {config.diffusion.variance!r}. Give a --config with a variance that does."
+        )
     parity = _check_reference(loaded, reference)
     model = builders.build_model(config, tf.distribute.get_strategy())
     for network in (model.network, model.ema_network):
@@ -146,12 +159,19 @@ def _check_agrees(config, fields, origin):
     rows = [
         f"  {field:<28} {value!r:>20} {config_lib.get(config, field)!r:>20}"
         for field, value in fields.items()
-        if config_lib.get(config, field) != value
+        if _normal(config, field, config_lib.get(config, field)) != _normal(config, field, value)
     ]
     if rows:
         raise InputError(
             f"{origin} and --config disagree:\n  {'field':<28} {'file':>20} {'config':>20}\n" + "\n".join(rows)
         )
+
+
+def _normal(config, field, value):
+    """One form of values that mean the same."""
+    if field == "data.image_width":
+        return value or config.data.image_size
+    return sorted(value) if field == "network.attn_resolutions" else value
 
 
 def _config_of_network(network):
@@ -164,6 +184,8 @@ def _config_of_network(network):
         "network.ch_mult": network.ch_mult,
         "network.num_res_blocks": network.num_res_blocks,
         "network.attn_resolutions": network.attn_resolutions,
+        "network.block_size": network.block_size,
+        "network.resamp_with_conv": network.resamp_with_conv,
     }
 
 
@@ -185,5 +207,4 @@ def _check_reference(network, path):
 
 
 def _next_commands(workdir):
-    quoted = shlex.quote(workdir)
-    return f"Sample: python run_sample.py --workdir={quoted}\nTrain on: python run_train.py --workdir={quoted} --config=..."
+    return f"Sample: python run_sample.py --workdir={shlex.quote(workdir)}"

@@ -12,7 +12,7 @@ from ddpm_tf import builders, images
 from ddpm_tf import config as config_lib
 from ddpm_tf.bundles import assign
 from ddpm_tf.diffusion.process import GaussianDiffusion
-from ddpm_tf.errors import InputError
+from ddpm_tf.errors import InputError, NumericsError
 from ddpm_tf.experiment.workdir import check_new, newest, read_config
 from ddpm_tf.samplers import sample
 from ddpm_tf.training.distribution import configure_devices
@@ -61,6 +61,7 @@ def sample_images(workdir, *, out=None, ema=True, **overrides):
         the folder.
 
     Raises:
+        NumericsError: a sample that is not finite.
         InputError: settings that cannot be used, a workdir that cannot be read, a folder that is not empty.
     """
     if overrides.get("num_steps") == 0:
@@ -77,8 +78,11 @@ def sample_images(workdir, *, out=None, ema=True, **overrides):
         logging.info("Spacing %s drops repeated timesteps: %d steps are left.", s.spacing, sampler.num_steps)
     out = _sample_folder(out, workdir, inference.step, config, sampler, ema)
 
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"--out={out} cannot be made: {e}. Choose another.") from e
     result = sample_in_batches(inference.network, sampler, s, progress=True)
-    os.makedirs(out, exist_ok=True)
     for seed, image in zip(range(s.seed, s.seed + s.num_images), result, strict=True):
         images.save_png(os.path.join(out, f"seed_{seed:06d}.png"), image)
     images.save_png(os.path.join(out, "grid.png"), make_picture(result[:256]))
@@ -96,7 +100,7 @@ def sample_in_batches(network, sampler, settings, *, progress=False):
             batch = sample(network, sampler, seeds).images
             if not np.isfinite(batch).all():
                 bad = seeds[~np.isfinite(batch).reshape(count, -1).all(axis=1)]
-                raise InputError(f"The sample of seed {bad[0]} is not finite: the weights are damaged.")
+                raise NumericsError(f"The sample of seed {bad[0]} is not finite: the weights are damaged.")
             batches.append(images.to_uint8(batch))
             bar.update(count)
     return np.concatenate(batches)

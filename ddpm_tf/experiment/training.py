@@ -1,15 +1,18 @@
 """Training a workdir from a config."""
 
 import os
+import re
 import shlex
 import signal
 
+import tensorflow as tf
 from absl import logging
 
 from ddpm_tf import builders, images
 from ddpm_tf import config as config_lib
 from ddpm_tf.bundles import assign
-from ddpm_tf.errors import InputError, Interrupted
+from ddpm_tf.diffusion.losses import make_loss
+from ddpm_tf.errors import BadDataError, DataNotFoundError, InputError, Interrupted
 from ddpm_tf.experiment.sampling import make_picture, sample_in_batches
 from ddpm_tf.experiment.workdir import check_workdir, locked, meta, write_config
 from ddpm_tf.training import callbacks, checkpoints
@@ -17,16 +20,21 @@ from ddpm_tf.training.distribution import configure_devices, make_strategy
 
 
 def describe(config):
-    """What a run with this config would be, as text; needs no data and writes nothing."""
+    """What a run with this config would be, as text; needs no data and writes nothing.
+
+    Raises:
+        InputError: a config that cannot be trained, or data that are there and cannot be used.
+    """
     config_lib.validate(config)
     diffusion = builders.build_diffusion(config)
     network = builders.build_network(config, diffusion)
     builders.build_sampler(config, diffusion)
     builders.build_optimizer(config)
+    make_loss(config.train.loss, diffusion, weight=config.train.loss_weight)
     try:
-        num_examples = builders.build_source(config).num_examples
+        num_examples = builders.build_source(config, read_only=True).num_examples
         steps_per_epoch = f"{num_examples / config.data.batch_size:.1f} ({num_examples:,} images)"
-    except InputError as e:
+    except DataNotFoundError as e:
         steps_per_epoch = f"unknown, data set not prepared ({str(e).splitlines()[0]})"
     shape = [config.data.batch_size, *builders.image_shape(config)]
     return (
@@ -50,17 +58,21 @@ def train(config, workdir, *, download=False, grace_period_s=30.0):
         InputError: a config, data set or workdir that cannot be used. Nothing has been written then.
         WorkdirError: a workdir that cannot be written to, or in which another process trains.
         NoValidCheckpointError: checkpoints of which none verifies; training never starts again at 0 by itself.
+        BadDataError: an image that cannot be read, met in the middle of the run.
         StorageError, NumericsError: a checkpoint that could not, or must not, be written.
         Interrupted: SIGTERM or SIGINT; the state was saved.
     """
     config_lib.validate(config)
     configure_devices()
     check_workdir(config, workdir)
+    num_steps = config.train.num_steps
     steps = checkpoints.list_steps(os.path.join(workdir, "ckpt"))
-    if steps and steps[-1] >= config.train.num_steps:
-        logging.info(
-            "Step %d of %d: nothing to do. A larger train.num_steps goes on.", steps[-1], config.train.num_steps
-        )
+    if steps and steps[-1] >= num_steps:
+        logging.info("Step %d of %d: nothing to do. A larger train.num_steps goes on.", steps[-1], num_steps)
+        if not os.path.exists(_grid_path(workdir, steps[-1], "ema")):  # the run ended before its last pictures
+            model = builders.build_model(config, make_strategy())
+            with locked(workdir):
+                _make_sample_fn(config, model, workdir)(_restore(model, workdir))
         print(_where(workdir))
         return
     builders.build_sampler(config, builders.build_diffusion(config))  # mistakes show before the data are read
@@ -69,22 +81,33 @@ def train(config, workdir, *, download=False, grace_period_s=30.0):
     first_batches = builders.build_dataset(config, source, start_step=0)
     with locked(workdir):
         start_step = _restore(model, workdir)
+        if start_step % config.train.steps_per_execution:
+            raise InputError(
+                f"The run goes on from step {start_step}, which is no multiple of train.steps_per_execution="
+                f"{config.train.steps_per_execution}. Use one that divides it, for example 1."
+            )
         dataset = builders.build_dataset(config, source, start_step=start_step) if start_step else first_batches
         write_config(workdir, config)
         sample_fn = _make_sample_fn(config, model, workdir)
         every_step = _make_callbacks(config, workdir, start_step, sample_fn, grace_period_s)
-        model.fit(
-            dataset,
-            steps_per_epoch=config.train.num_steps - start_step,
-            verbose=0,
-            shuffle=False,
-            callbacks=list(every_step.values()),
-        )
+        try:
+            model.fit(
+                dataset,
+                steps_per_epoch=num_steps - start_step,
+                verbose=0,
+                shuffle=False,
+                callbacks=list(every_step.values()),
+            )
+        except tf.errors.OpError as e:  # what a source raises arrives as the text of an op's error
+            found = re.search(r"InputError: (.*?)(\n\n|$)", str(e), re.DOTALL)
+            if not found:
+                raise
+            raise BadDataError(f"{found[1]} Training stopped; the last checkpoint in {workdir} is kept.") from e
         number = every_step["stop"].signal
         step = int(model.optimizer.iterations.numpy())
     if number is not None:
         raise Interrupted(
-            f"{signal.Signals(number).name}: stopped after step {step} of {config.train.num_steps}, whose state is saved. "
+            f"{signal.Signals(number).name}: stopped after step {step} of {num_steps}, whose state is saved. "
             "The same command goes on.",
             number,
         )
@@ -106,6 +129,10 @@ def _restore(model, workdir):
     return step
 
 
+def _grid_path(workdir, step, name):
+    return os.path.join(workdir, "samples", f"step_{step:012d}_{name}.png")
+
+
 def _make_sample_fn(config, model, workdir):
     """sample_fn(step): a grid from the moving average and one from the weights, from the same seeds."""
     sampler = builders.build_sampler(config, model.diffusion)
@@ -114,7 +141,7 @@ def _make_sample_fn(config, model, workdir):
     def sample_fn(step):
         for name, network in (("ema", model.ema_network), ("raw", model.network)):
             grid = make_picture(sample_in_batches(network, sampler, config.sample))
-            images.save_png(os.path.join(workdir, "samples", f"step_{step:012d}_{name}.png"), grid)
+            images.save_png(_grid_path(workdir, step, name), grid)
             summaries.image(f"samples_{name}", grid, step)
 
     sample_fn.summaries = summaries

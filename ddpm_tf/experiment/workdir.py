@@ -13,6 +13,8 @@ from ddpm_tf import config as config_lib
 from ddpm_tf.errors import InputError, WorkdirError
 from ddpm_tf.training import checkpoints
 
+_BEFORE_CONFIG = {".lock", "ckpt", "samples"}  # what a run that was killed at once may have left
+
 
 def read_config(workdir):
     """The config a workdir was made with.
@@ -24,7 +26,7 @@ def read_config(workdir):
     if not os.path.isfile(path):
         what = "holds no config.json" if os.path.isdir(workdir) else "does not exist"
         raise InputError(f"--workdir={workdir} {what}; expected a folder written by run_train.py.")
-    with open(path) as f:
+    with open(path, encoding="utf-8", errors="replace") as f:  # what is no text is no JSON either
         return config_lib.from_json(f.read(), path)
 
 
@@ -104,6 +106,13 @@ def check_workdir(config, workdir):
             raise InputError(
                 f"--workdir={workdir} has checkpoints but no config.json; restore it or use another workdir."
             )
+        foreign = sorted(set(os.listdir(workdir)) - _BEFORE_CONFIG) if os.path.isdir(workdir) else []
+        foreign = [name for name in foreign if not name.startswith((".tmp-", "config.json"))]
+        if foreign:
+            raise InputError(
+                f"--workdir={workdir} holds {foreign[0]!r} and no config.json: it is no workdir of this program, and nothing "
+                "is written over. Use a new or an empty folder."
+            )
         return
     changed = [d for d in config_lib.differences(read_config(workdir), config) if not d[0].free]
     if changed:
@@ -116,7 +125,7 @@ def check_workdir(config, workdir):
 
 def write_workdir(workdir, config, tensors):
     """A workdir with one checkpoint, which appears whole or not at all."""
-    temporary = f"{os.path.normpath(workdir)}.tmp-{uuid.uuid4().hex}"
+    temporary = f"{os.path.abspath(workdir)}.tmp-{uuid.uuid4().hex}"
     try:
         os.makedirs(os.path.join(temporary, "samples"))
         with open(os.path.join(temporary, "config.json"), "w") as f:
@@ -125,6 +134,9 @@ def write_workdir(workdir, config, tensors):
         checkpoints.save(os.path.join(temporary, "ckpt"), step, tensors, meta(config), keep=1)
         os.makedirs(workdir, exist_ok=True)
         os.replace(temporary, workdir)
+    except OSError as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise WorkdirError(f"--workdir={workdir} cannot be written: {e}. Choose another.") from e
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

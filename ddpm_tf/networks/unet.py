@@ -84,6 +84,11 @@ class UNet(keras.Model):
 
     def _check(self):
         height, width, _ = self.image_shape
+        if not self.ch_mult or any(not isinstance(m, int) or m < 1 for m in self.ch_mult):
+            raise InputError(f"network.ch_mult must be positive integers, one per level, found {self.ch_mult}.")
+        for name in ("ch", "num_res_blocks", "block_size", "out_channels"):
+            if getattr(self, name) < 1:
+                raise InputError(f"network.{name} must be at least 1, found {getattr(self, name)}.")
         factor = self.block_size * 2 ** (len(self.ch_mult) - 1)
         if height % factor or width % factor:
             blocks = f"cut into {self.block_size}x{self.block_size} blocks and " if self.block_size > 1 else ""

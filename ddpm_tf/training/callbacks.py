@@ -54,7 +54,7 @@ class Progress(StepCallback):
     def on_step(self, step, logs):
         self.bar.set_postfix(step=f"{step}/{self.num_steps}", loss=f"{logs['loss']:.4f}", refresh=False)
         self.bar.update(step * self.batch_size - self.bar.n)
-        if not self.is_terminal and (is_due(step, self.log_every) or step == self.num_steps):
+        if not self.is_terminal and (is_due(step, self.log_every) or step >= self.num_steps):
             now = time.monotonic()
             rate = (step - self.last_step) / max(now - self.last_time, 1e-9)
             minutes, seconds = divmod(round((self.num_steps - step) / rate), 60)
@@ -125,7 +125,7 @@ class Checkpoints(StepCallback):
     def on_step(self, step, logs):
         if self._pending is not None and self._pending.done():
             self.wait()
-        if is_due(step, self.every) or step == self.num_steps:
+        if is_due(step, self.every) or step >= self.num_steps:
             self.save(step)
 
     def save(self, step):
@@ -187,7 +187,7 @@ class SampleGrids(StepCallback):
         self.every, self.num_steps, self.sample_fn = every, num_steps, sample_fn
 
     def on_step(self, step, logs):
-        if (is_due(step, self.every) or step == self.num_steps) and not self.model.stop_training:
+        if (is_due(step, self.every) or step >= self.num_steps) and not self.model.stop_training:
             self.sample_fn(step)
 
 

@@ -1,12 +1,16 @@
 """Devices: what is set before any of them is used, and the strategy that training runs under."""
 
 import tensorflow as tf
+from absl import logging
 
 
 def configure_devices():
     """Grow GPU memory as needed, and compute in true float32 (TF32 off), as the original's figures were."""
     for gpu in tf.config.list_physical_devices("GPU"):
-        tf.config.experimental.set_memory_growth(gpu, True)
+        try:
+            tf.config.experimental.set_memory_growth(gpu, True)
+        except RuntimeError as e:  # in a notebook that has used the GPU already
+            logging.warning("The memory growth of %s cannot be changed any more: %s", gpu, e)
     tf.config.experimental.enable_tensor_float_32_execution(False)
 
 

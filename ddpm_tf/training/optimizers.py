@@ -29,14 +29,19 @@ def make_optimizer(name="adam", *, learning_rate=2e-4, warmup_steps=5000, beta_1
     """A Keras optimizer with linear warm-up (appendix B: Adam, 2e-4, 5000 steps for CIFAR-10).
 
     Raises:
-        InputError: unknown name, a learning rate that is not positive, negative warm-up.
+        InputError: unknown name, a learning rate that is not positive, negative warm-up, betas or epsilon out of range.
     """
     if name not in OPTIMIZERS:
         raise unknown_name("optimizer", name, OPTIMIZERS)
-    if learning_rate <= 0 or warmup_steps < 0:
+    if not 0 < learning_rate < float("inf") or warmup_steps < 0:
         raise InputError(
             "optimizer.learning_rate must be positive and optimizer.warmup_steps at least 0, found "
             f"{learning_rate} and {warmup_steps}."
+        )
+    if not (0 <= beta_1 < 1 and 0 <= beta_2 < 1 and 0 < epsilon < 1):
+        raise InputError(
+            "optimizer.beta_1 and optimizer.beta_2 must be within [0, 1) and optimizer.epsilon within (0, 1), found "
+            f"{beta_1}, {beta_2} and {epsilon}."
         )
     schedule = LinearWarmup(learning_rate, warmup_steps)
     return OPTIMIZERS[name](schedule, beta_1=beta_1, beta_2=beta_2, epsilon=epsilon)

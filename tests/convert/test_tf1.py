@@ -118,6 +118,14 @@ def test_writing_and_reading_is_the_identity(tmp_path):
         save_tf1_checkpoint(tmp_path / "model.ckpt-12", state)
 
 
+def test_other_betas_come_back(tmp_path):
+    state = read_tf1_checkpoint(CHECKPOINT)
+    save_tf1_checkpoint(tmp_path / "a", state, beta_1=0.5)
+    with pytest.raises(InputError, match="beta1_power"):
+        read_tf1_checkpoint(tmp_path / "a")
+    assert read_tf1_checkpoint(tmp_path / "a", beta_1=0.5).step == 12
+
+
 @pytest.mark.slow
 def test_moments_and_step_may_be_absent(tmp_path):
     state = read_tf1_checkpoint(CHECKPOINT)
@@ -182,6 +190,9 @@ DAMAGES = {
     "another dtype": (
         rewritten(lambda a: a.update({KERNEL: a[KERNEL].astype(np.float64)})), "float64, expected float32",
     ),
+    "a negative step": (rewritten(lambda a: a.update(global_step=np.int64(-5))), "global_step is -5"),
+    "a step that is no integer": (rewritten(lambda a: a.update(global_step=np.float32(2.7))), "expected an integer"),
+    "a NaN": (rewritten(lambda a: a[KERNEL].__setitem__((0, 0, 0, 0), np.nan)), "not finite"),
     "a step that contradicts": (rewritten(lambda a: a.update(global_step=np.int64(3))), "but step 3 makes it"),
 }  # fmt: skip
 

@@ -120,12 +120,16 @@ def test_npz_files_that_cannot_be_used(tmp_path):
     np.savez(tmp_path / "other.npz", x=ramp()[None])
     np.savez(tmp_path / "floats.npz", images=ramp()[None] / 255.0)
     np.savez(tmp_path / "objects.npz", images=np.array([ramp(), None], dtype=object))
+    np.savez(tmp_path / "short.npz", images=np.stack([ramp(), ramp()]), labels=[1])
+    np.savez(tmp_path / "words.npz", images=ramp()[None], labels=["one"])
     (tmp_path / "junk.npz").write_bytes(b"PK\x03\x04junk")
     for name, message in (
         ("other", r"has the arrays \['x'\]; expected 'images'"),
         ("floats", "must be uint8 .* found float64"),
         ("objects", "cannot be read as an .npz"),
         ("junk", "cannot be read as an .npz"),
+        ("short", r"one for each of the 2 images, found int64 \[1\]"),
+        ("words", "Labels must be integers"),
         ("missing", "does not exist"),
     ):
         with pytest.raises(InputError, match=message):
@@ -177,6 +181,17 @@ def test_tfds_without_random_access_says_what_to_do(tmp_path):
     PaintedShapes(data_dir=tmp_path, file_format="tfrecord").download_and_prepare()
     with pytest.raises(InputError, match="--file_format=array_record"):
         load_source(f"tfds:{PaintedShapes.name}", image_shape=(8, 8, 3), data_dir=str(tmp_path), in_memory_mb=0)
+
+
+def test_a_download_that_fails_is_one_message(tmp_path, monkeypatch):
+    def fail(self):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
+    with pytest.raises(InputError, match="'mnist' cannot be downloaded and prepared: no network"):
+        load_source("tfds:mnist", image_shape=(28, 28, 1), data_dir=str(tmp_path), download=True)
+    with pytest.raises(InputError, match="'mnist:99.0.0', which does not exist"):
+        load_source("tfds:mnist:99.0.0", image_shape=(28, 28, 1), data_dir=str(tmp_path))
 
 
 def test_tfds_that_is_not_prepared_gives_the_command(tmp_path):

@@ -55,6 +55,11 @@ def test_the_offsets_are_kept_and_made_again_when_the_shard_changes(shards):
     offsets = load_offsets(path)
     assert (shards / "a-r02.tfrecords.offsets.npz").exists()
     np.testing.assert_array_equal(load_offsets(path), offsets)
+    (shards / "a-r02.tfrecords.offsets.npz").write_bytes(b"junk")
+    np.testing.assert_array_equal(load_offsets(path), offsets)
+    (shards / "b-r02.tfrecords.offsets.npz").unlink(missing_ok=True)
+    load_source(f"tfrecord:{shards}", image_shape=SHAPE, read_only=True)
+    assert not (shards / "b-r02.tfrecords.offsets.npz").exists()
     write(path, [example(image(k)) for k in range(2)])
     assert len(load_offsets(path)) == 2
 
