@@ -17,7 +17,9 @@ from ddpm_tf import app, experiment
 from ddpm_tf.errors import InputError
 
 _FORMATS = ("tf1", "diffusers")
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config; tf1 needs it.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The run's config; tf1 needs it, diffusers takes defaults.", lock_config=True
+)
 _FROM = flags.DEFINE_enum("from", None, _FORMATS, "Format to read.")
 _TO = flags.DEFINE_enum("to", None, _FORMATS, "Format to write.")
 _CHECKPOINT = flags.DEFINE_string(

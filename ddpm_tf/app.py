@@ -8,7 +8,7 @@ import tempfile
 from absl import app, flags, logging
 
 from ddpm_tf import config as config_lib
-from ddpm_tf.errors import InputError, RunError
+from ddpm_tf.errors import InputError, Interrupted, RunError
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -50,11 +50,11 @@ def _guarded(main, argv):
     except RunError as e:
         if flags.FLAGS.debug:
             raise
-        _leave(str(e), e.exit_code)
+        _leave(str(e), e.exit_code, "" if isinstance(e, Interrupted) else "error: ")
 
 
-def _leave(message, code):
-    print(f"error: {message}", file=sys.stderr)
+def _leave(message, code, prefix="error: "):
+    print(f"{prefix}{message}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -83,6 +83,9 @@ def _parse_flags(argv):
 
 def _explain_config_error(argv, error):
     known = {field.path for field in config_lib.FIELDS}
+    path = next((arg.partition("=")[2] for arg in argv[1:] if arg.lstrip("-").startswith("config=")), "")
+    if path and not os.path.isfile(path.partition(":")[0]):
+        return f"--config={path} does not exist; expected a Python file with get_config(), as configs/digits.py."
     for arg in argv[1:]:
         name = arg.lstrip("-").partition("=")[0]
         path = name.removeprefix("config.")

@@ -80,7 +80,8 @@ def import_diffusers(path, workdir, *, config=None, reference=None):
     check_new(workdir, "--workdir")
     loaded = load_diffusers(path)
     found = _config_of_network(loaded)
-    if config is None:
+    given = config is not None
+    if not given:
         config = config_lib.default()
         for field, value in {**found, "network.dropout": loaded.dropout}.items():
             config_lib.put(config, field, value)
@@ -99,9 +100,10 @@ def import_diffusers(path, workdir, *, config=None, reference=None):
     for network in (model.network, model.ema_network):
         network.set_weights(loaded.get_weights())
     write_workdir(workdir, config, {name: v.numpy() for name, v in checkpoints.variables_by_name(model).items()})
+    defaults = "" if given else "\nNo --config was given: training and sampling settings are the defaults of config.py."
     return (
         f"{len(loaded.variables)} weights ({loaded.count_params():,} parameters) of {path}, step 0, variance "
-        f"{config.diffusion.variance}.{parity}\n{_next_commands(workdir)}"
+        f"{config.diffusion.variance}.{parity}{defaults}\n{_next_commands(workdir)}"
     )
 
 
@@ -124,7 +126,8 @@ def export_weights(workdir, to, out, *, ema=True):
         inference = load_for_inference(workdir, ema=ema)
         save_diffusers(inference.network, out)
         count, step = inference.network.count_params(), inference.step
-        return f"{count:,} parameters of step {step} as a UNet2DModel in {out}.\nUNet2DModel.from_pretrained({out!r})"
+        kind = "moving average" if ema else "weights"
+        return f"{count:,} parameters ({kind}) of step {step} as a UNet2DModel in {out}.\nUNet2DModel.from_pretrained({out!r})"
     config = read_config(workdir)
     step, tensors = newest(workdir)
 

@@ -76,6 +76,13 @@ def sample_images(workdir, *, out=None, ema=True, **overrides):
     sampler = builders.build_sampler(config, builders.build_diffusion(config))
     if sampler.num_steps != (s.num_steps or sampler.num_steps):
         logging.info("Spacing %s drops repeated timesteps: %d steps are left.", s.spacing, sampler.num_steps)
+    initial = config.train.ema_decay**inference.step
+    if ema and inference.step and initial > 0.05:
+        logging.warning(
+            "The moving average still holds %.0f %% of the initial weights after %d steps: train longer, or sample with the "
+            "weights themselves (--noema).", 100 * initial, inference.step,
+        )  # fmt: skip
+    logging.info("Sampling %d images with %s, %d steps.", s.num_images, s.sampler, sampler.num_steps)
     out = _sample_folder(out, workdir, inference.step, config, sampler, ema)
 
     try:

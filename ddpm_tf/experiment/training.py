@@ -35,7 +35,7 @@ def describe(config):
         num_examples = builders.build_source(config, read_only=True).num_examples
         steps_per_epoch = f"{num_examples / config.data.batch_size:.1f} ({num_examples:,} images)"
     except DataNotFoundError as e:
-        steps_per_epoch = f"unknown, data set not prepared ({str(e).splitlines()[0]})"
+        steps_per_epoch = f"unknown, data set not prepared ({' '.join(str(e).split())})"
     shape = [config.data.batch_size, *builders.image_shape(config)]
     return (
         f"{config_lib.to_json(config)}\n{builders.parameter_table(network)}\n\n"
@@ -90,6 +90,7 @@ def train(config, workdir, *, download=False, grace_period_s=30.0):
         write_config(workdir, config)
         sample_fn = _make_sample_fn(config, model, workdir)
         every_step = _make_callbacks(config, workdir, start_step, sample_fn, grace_period_s)
+        logging.info("Compiling the training step; the first steps take longer.")
         try:
             model.fit(
                 dataset,
