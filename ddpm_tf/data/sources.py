@@ -112,7 +112,8 @@ def _check_header(path, image, image_shape):
             f"{path} has Pillow mode {image.mode}; with data.channels={channels} expected one of {expected}. "
             "Convert it, or set data.channels."
         )
-    turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation: stored on its side
+    # EXIF orientation 5..8: stored on its side. Asking a PNG without EXIF for it would decode all of its pixels.
+    turned = (image.format != "PNG" or "exif" in image.info) and image.getexif().get(0x0112, 1) >= 5
     found = (image.width, image.height) if turned else (image.height, image.width)
     if found[0] < height or found[1] < width:
         raise InputError(

@@ -100,7 +100,7 @@ def train(config, workdir, *, download=False, grace_period_s=30.0):
                 callbacks=list(every_step.values()),
             )
         except tf.errors.OpError as e:  # what a source raises arrives as the text of an op's error
-            found = re.search(r"InputError: (.*?)(\n\n|$)", str(e), re.DOTALL)
+            found = re.search(r"InputError: (.*)", str(e))
             if not found:
                 raise
             raise BadDataError(f"{found[1]} Training stopped; the last checkpoint in {workdir} is kept.") from e
