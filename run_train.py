@@ -14,12 +14,31 @@ from ml_collections import config_flags
 
 from ddpm_tf import app, experiment
 from ddpm_tf.errors import InputError
+from ddpm_tf.experiment.resume import NAN_POLICIES, StartOptions
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A config file: configs/*.py.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, checkpoints, metrics, samples.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print config, parameters and shapes, and leave; writes nothing.")
+_START = StartOptions()
 _DOWNLOAD = flags.DEFINE_bool("download", False, "Let TFDS fetch and prepare a data set that is missing.")
-_GRACE = flags.DEFINE_float("grace_period_s", 30.0, "After SIGTERM, seconds to finish the step and save it.")
+_GRACE = flags.DEFINE_float(
+    "grace_period_s", _START.grace_period_s, "After SIGTERM, seconds to finish the step and save it."
+)
+_NAN_POLICY = flags.DEFINE_enum(
+    "nan_policy", _START.nan_policy, NAN_POLICIES,
+    "A step whose loss or gradient is not finite: skip it (up to train.max_skipped_steps in a row), or stop at the first.",
+)  # fmt: skip
+_INIT_FROM = flags.DEFINE_string(
+    "init_from", "", "A workdir whose weights and moving average a new run begins with, at step 0."
+)
+_RESTART = flags.DEFINE_bool(
+    "restart_from_scratch", False, "Move what the workdir holds to old-TIME/ in it, and begin at step 0."
+)
+_EMA = flags.DEFINE_bool(
+    "ema_from_weights", False, "Where a checkpoint has no moving average, begin it with the weights."
+)
+_DATA = flags.DEFINE_bool("allow_data_change", False, "Go on although the data set is not the one the run began with.")
+_EXACT = flags.DEFINE_bool("require_exact", False, "Refuse to go on where the result would not be bit-exact.")
 
 
 def main(_):
@@ -30,7 +49,17 @@ def main(_):
         return
     if not _WORKDIR.value:
         raise InputError("--workdir is missing; give the folder of the run, for example --workdir=runs/digits.")
-    experiment.train(_CONFIG.value, _WORKDIR.value, download=_DOWNLOAD.value, grace_period_s=_GRACE.value)
+    start = StartOptions(
+        download=_DOWNLOAD.value,
+        grace_period_s=_GRACE.value,
+        nan_policy=_NAN_POLICY.value,
+        init_from=_INIT_FROM.value,
+        restart_from_scratch=_RESTART.value,
+        ema_from_weights=_EMA.value,
+        allow_data_change=_DATA.value,
+        require_exact=_EXACT.value,
+    )
+    experiment.train(_CONFIG.value, _WORKDIR.value, start)
 
 
 if __name__ == "__main__":

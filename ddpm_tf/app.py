@@ -1,14 +1,16 @@
 """How the absl mains start and end: flags that cannot be used leave with 2 and one message, no traceback."""
 
 import contextlib
+import errno
 import os
+import resource
 import sys
 import tempfile
 
 from absl import app, flags, logging
 
 from ddpm_tf import config as config_lib
-from ddpm_tf.errors import InputError, Interrupted, RunError
+from ddpm_tf.errors import InputError, Interrupted, RunError, StorageError
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -47,10 +49,23 @@ def run(main):
 def _guarded(main, argv):
     try:
         main(argv)
-    except RunError as e:
+    except Interrupted as e:
+        print(e, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(e.exit_code)  # a thread may be in the middle of a grid: Python would wait for it, or crash
+    except KeyboardInterrupt:
+        _leave("Stopped by SIGINT.", 130, "")
+    except (RunError, OSError) as e:
         if flags.FLAGS.debug:
             raise
-        _leave(str(e), e.exit_code, "" if isinstance(e, Interrupted) else "error: ")
+        _leave(*(_explain_os_error(e) if isinstance(e, OSError) else (str(e), e.exit_code)))
+
+
+def _explain_os_error(error):
+    advice = "Make room, or see to the device, and start the same command again."
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        advice = f"At most {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} may be open; raise it: ulimit -n 4096."
+    return f"{error}. {advice}", StorageError.exit_code
 
 
 def _leave(message, code, prefix="error: "):

@@ -63,8 +63,14 @@ def build_optimizer(config):
     )  # fmt: skip
 
 
-def build_model(config, strategy):
-    """The trainer, compiled, with all variables made under `strategy`."""
+def uses_xla(config):
+    """Whether loss and gradient are compiled by XLA."""
+    jit = config.train.jit_compile
+    return jit == "on" or (jit == "auto" and bool(tf.config.list_physical_devices("GPU")))
+
+
+def build_model(config, strategy, *, max_skipped_steps=None):
+    """The trainer, compiled, with all variables made under `strategy`; max_skipped_steps: None: the config's."""
     replicas = strategy.num_replicas_in_sync
     if config.data.batch_size % replicas:
         below = config.data.batch_size // replicas * replicas
@@ -80,9 +86,9 @@ def build_model(config, strategy):
             build_network(config, diffusion), diffusion, seed=config.seed, loss=t.loss, loss_weight=t.loss_weight,
             ema_decay=t.ema_decay,
             grad_clip=t.grad_clip, grad_clip_mode=t.grad_clip_mode,
+            max_skipped_steps=max_skipped_steps or t.max_skipped_steps,
         )  # fmt: skip
-        jit = t.jit_compile == "on" or (t.jit_compile == "auto" and bool(tf.config.list_physical_devices("GPU")))
-        model.compile(build_optimizer(config), jit_compile=jit, steps_per_execution=t.steps_per_execution)
+        model.compile(build_optimizer(config), jit_compile=uses_xla(config), steps_per_execution=t.steps_per_execution)
     return model
 
 

@@ -48,7 +48,9 @@ FIELDS = (
     Field("train.num_steps", 800_000, _FREE, "Training ends after this many steps."),
     Field("train.log_every", 100, _FREE, "Interval of metrics.jsonl rows, steps; 0: never."),
     Field("train.checkpoint_every", 5000, _FREE, "Interval of checkpoints, steps; 0: only at the end."),
+    Field("train.checkpoint_minutes", 30.0, _FREE, "A checkpoint also after this many minutes without one; 0: never."),
     Field("train.keep_checkpoints", 3, _FREE, "How many of the newest checkpoints are kept."),
+    Field("train.keep_every", 0, _FREE, "Checkpoints of multiples of this many steps are kept for good; 0: none."),
     Field("train.sample_every", 5000, _FREE, "Interval of sample grids, steps; 0: only at the end."),
     Field("train.loss", "simple", _FIXED, "Training loss: simple (Eq. 14), vlb or hybrid."),
     Field("train.loss_weight", "none", _FIXED, "Weights of loss simple: none, snr, min_snr, p2."),
@@ -56,6 +58,8 @@ FIELDS = (
     Field("train.grad_clip", 1.0, _FIXED, "Largest global norm of the gradient; 0: no clipping."),
     Field("train.grad_clip_mode", "global", _FIXED, "global, or per_replica (the original's rule)."),
     Field("train.jit_compile", "auto", _FIXED, "XLA for loss and gradient: on, off, or auto (on with a GPU)."),
+    Field("train.deterministic", False, _FREE, "TensorFlow's op determinism: bit-exact resume also on a GPU; slower there."),
+    Field("train.max_skipped_steps", 20, _FREE, "Training stops after this many steps in a row that are not finite."),
     Field("train.steps_per_execution", 1, _FREE, "Steps per call of the compiled function; divides the intervals."),
     Field("optimizer.name", "adam", _FIXED, "The optimizer: adam."),
     Field("optimizer.learning_rate", 2e-4, _FREE, "Learning rate after warm-up."),
@@ -76,11 +80,12 @@ FIELDS = (
 _POSITIVE = (
     "data.image_size", "data.batch_size", "diffusion.num_timesteps", "network.ch", "network.num_res_blocks",
     "network.block_size",
-    "train.num_steps", "train.keep_checkpoints", "train.steps_per_execution", "sample.num_images", "sample.batch_size",
+    "train.num_steps", "train.keep_checkpoints", "train.max_skipped_steps", "train.steps_per_execution",
+    "sample.num_images", "sample.batch_size",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "data.image_width", "train.log_every", "train.checkpoint_every", "train.sample_every", "sample.num_steps",
-    "data.in_memory_mb",
+    "data.in_memory_mb", "train.checkpoint_minutes", "train.keep_every",
 )  # fmt: skip
 _INTERVALS = ("train.log_every", "train.checkpoint_every", "train.sample_every")
 

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from configs import digits
+from ddpm_tf import experiment
 from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.diffusion.schedules import Schedule, make_betas
 from ddpm_tf.networks import UNet
+from ddpm_tf.training import checkpoints
 
 DATA = os.path.join(os.path.dirname(__file__), "data")
 REFERENCES = ("ho2020_a", "ho2020_b", "ho2020_f")
@@ -97,3 +100,39 @@ def small_network():
     for v in network.variables:
         v.assign(drawn_weight(tf1_name(v.path), v.shape, 3))
     return network
+
+
+def tiny_config(num_steps=4):
+    """Digits with dropout and flips, so that every kind of draw takes part."""
+    config = digits.get_config()
+    config.data.batch_size = 8
+    config.data.random_flip = True
+    config.network.ch_mult = (1,)
+    config.network.attn_resolutions = ()
+    config.network.dropout = 0.1
+    config.train.num_steps = num_steps
+    config.train.log_every = 1
+    config.train.checkpoint_every = 2
+    config.train.sample_every = 0
+    config.train.jit_compile = "off"
+    config.sample.num_steps = 2
+    config.sample.num_images = 5
+    return config
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory):
+    """A finished run of 4 steps; not to be written to."""
+    workdir = tmp_path_factory.mktemp("run") / "workdir"
+    experiment.train(tiny_config(), str(workdir))
+    return workdir
+
+
+def state(workdir):
+    return checkpoints.restore_latest(workdir / "ckpt")
+
+
+def rows(workdir):
+    timing = ("seconds", "images_per_s")
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]

@@ -1,6 +1,5 @@
 """The jobs and the command lines, on a run of a few steps."""
 
-import json
 import os
 import re
 import shutil
@@ -13,55 +12,20 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from configs import cifar10, digits
+from configs import cifar10
 from ddpm_tf import config as config_lib
 from ddpm_tf import experiment
 from ddpm_tf.errors import BadDataError, InputError
-from ddpm_tf.training import checkpoints
+from tests.conftest import rows, state, tiny_config
 
 ROOT = Path(__file__).parent.parent
-
-
-def tiny_config(num_steps=4):
-    """Digits with dropout and flips, so that every kind of draw takes part."""
-    config = digits.get_config()
-    config.data.batch_size = 8
-    config.data.random_flip = True
-    config.network.ch_mult = (1,)
-    config.network.attn_resolutions = ()
-    config.network.dropout = 0.1
-    config.train.num_steps = num_steps
-    config.train.log_every = 1
-    config.train.checkpoint_every = 2
-    config.train.sample_every = 0
-    config.train.jit_compile = "off"
-    config.sample.num_steps = 2
-    config.sample.num_images = 5
-    return config
-
-
-@pytest.fixture(scope="session")
-def workdir(tmp_path_factory):
-    """A finished run of 4 steps; not to be written to."""
-    workdir = tmp_path_factory.mktemp("run") / "workdir"
-    experiment.train(tiny_config(), str(workdir))
-    return workdir
-
-
-def state(workdir):
-    return checkpoints.restore_latest(workdir / "ckpt")
-
-
-def rows(workdir):
-    timing = ("seconds", "images_per_s")
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
 
 
 def test_a_workdir_holds_what_the_design_says(workdir):
     assert {p.name for p in workdir.iterdir()} == {
         ".lock",
         "config.json",
+        "data.json",
         "metrics.jsonl",
         "ckpt",
         "samples",
@@ -86,10 +50,10 @@ def test_an_interrupted_run_is_the_uninterrupted_one_bit_for_bit(workdir, tmp_pa
 
 
 def test_rows_after_the_restored_step_are_cut_off(workdir, tmp_path):
-    from ddpm_tf.training.callbacks import Metrics
+    from ddpm_tf.training.callbacks import Metrics, Summaries
 
     (tmp_path / "metrics.jsonl").write_text((workdir / "metrics.jsonl").read_text() + '{"step": 5, "lo')
-    metrics = Metrics(2, workdir=str(tmp_path), batch_size=1, log_every=1, summaries=None)
+    metrics = Metrics(2, workdir=str(tmp_path), batch_size=1, log_every=1, summaries=Summaries(str(tmp_path / "t")))
     metrics.on_train_begin()
     metrics.on_train_end()
     assert rows(tmp_path) == rows(workdir)[:2]

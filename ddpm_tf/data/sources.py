@@ -1,4 +1,5 @@
-"""Where images come from. A source has num_examples, image_shape and read(indices) -> {"image", ("label")}."""
+"""Where images come from. A source has num_examples, image_shape, read(indices) -> {"image", ("label")}, and `files`,
+[(name, bytes)] of what it is read from, see `manifest`."""
 
 import contextlib
 import math
@@ -9,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image, ImageOps
 
+from ddpm_tf.data.manifest import file_entries
 from ddpm_tf.data.tfrecords import TFRecordSource
 from ddpm_tf.errors import DataNotFoundError, InputError, unknown_name
 
@@ -21,9 +23,10 @@ class ArraySource:
     Args:
         images: uint8 [N, H, W, C].
         labels: int [N], or None.
+        files: what they were read from, [(name, bytes)].
     """
 
-    def __init__(self, images, labels=None):
+    def __init__(self, images, labels=None, *, files=()):
         if images.dtype != np.uint8 or images.ndim != 4 or len(images) == 0:
             raise InputError(f"Images must be uint8 [N, H, W, C], found {images.dtype} {list(images.shape)}.")
         if labels is not None:
@@ -33,7 +36,7 @@ class ArraySource:
                     f"Labels must be integers, one for each of the {len(images)} images, found {labels.dtype} "
                     f"{list(labels.shape)}."
                 )
-        self.num_examples, self.image_shape = len(images), tuple(images.shape[1:])
+        self.num_examples, self.image_shape, self.files = len(images), tuple(images.shape[1:]), files
         with tf.device("CPU"):
             self.tensors = {"image": tf.constant(images)}
             if labels is not None:
@@ -44,11 +47,11 @@ class ArraySource:
 
 
 class FolderSource:
-    """Image files, decoded when they are needed."""
+    """Image files under a folder, decoded when they are needed."""
 
-    def __init__(self, paths, image_shape):
+    def __init__(self, paths, image_shape, root):
         self.num_examples, self.image_shape = len(paths), tuple(image_shape)
-        self.paths = paths
+        self.paths, self.files = paths, file_entries(paths, root)
 
     def read(self, indices):
         return {"image": tf.numpy_function(self.decode, [indices], tf.uint8)}
@@ -141,7 +144,7 @@ def load_npz(path, options):
         raise InputError(f"{path} cannot be read as an .npz file: {e}") from e
     if "images" not in found:
         raise InputError(f"{path} has the arrays {sorted(found)}; expected 'images' (uint8 [N, H, W, C]).")
-    return ArraySource(found["images"], found.get("labels"))
+    return ArraySource(found["images"], found.get("labels"), files=file_entries([path], os.path.dirname(path)))
 
 
 def load_folder(path, options):
@@ -161,9 +164,9 @@ def load_folder(path, options):
         )
     if not paths:
         raise InputError(f"The folder {path!r} holds no images; expected files ending in {' '.join(_SUFFIXES)}.")
-    source = FolderSource(sorted(paths, key=os.fsencode), options.image_shape)
+    source = FolderSource(sorted(paths, key=os.fsencode), options.image_shape, path)
     if options.fits_in_memory(len(paths)):
-        return ArraySource(source.decode(range(len(paths))))
+        return ArraySource(source.decode(range(len(paths))), files=source.files)
     for path in source.paths:
         check_image(path, options.image_shape)  # headers only: a file that is no image shows before work begins
     return source
@@ -201,8 +204,13 @@ def load_tfds(name, options):
         read_config = tfds.ReadConfig(interleave_cycle_length=1)  # the order of the files
         dataset = builder.as_dataset(split=options.split, shuffle_files=False, read_config=read_config)
         examples = list(dataset.map(lambda x: {k: x[k] for k in keys}).as_numpy_iterator())
-        return ArraySource(*(np.stack([x[k] for x in examples]) for k in keys))
+        arrays = (np.stack([x[k] for x in examples]) for k in keys)
+        return ArraySource(*arrays, files=[_tfds_entry(builder, options.split)])
     return _RandomAccessSource(builder, options.split, keys)
+
+
+def _tfds_entry(builder, split):
+    return f"{builder.info.full_name}/{split}", builder.info.splits[split].num_bytes
 
 
 class _RandomAccessSource:
@@ -218,7 +226,7 @@ class _RandomAccessSource:
                 "data.in_memory_mb."
             ) from e
         self.num_examples, self.image_shape = len(self._data), builder.info.features["image"].shape
-        self._keys = keys
+        self._keys, self.files = keys, [_tfds_entry(builder, split)]
 
     def read(self, indices):
         arrays = tf.numpy_function(self._read, [indices], [tf.uint8, tf.int32][: len(self._keys)])
@@ -244,7 +252,7 @@ def load_tfrecord(path, options):
         )
     source = TFRecordSource(paths, options.image_shape, keep_offsets=not options.read_only)
     if options.fits_in_memory(source.num_examples):
-        return ArraySource(source.decode(range(source.num_examples)))
+        return ArraySource(source.decode(range(source.num_examples)), files=source.files)
     return source
 
 

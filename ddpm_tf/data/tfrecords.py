@@ -9,6 +9,7 @@ import tensorflow as tf
 from absl import logging
 from tensorflow.python.lib.io.tf_record import tf_record_random_reader  # checks the CRC of every record it reads
 
+from ddpm_tf.data.manifest import file_entries
 from ddpm_tf.errors import InputError
 
 _HEADER = 12  # length uint64, its CRC uint32
@@ -29,6 +30,7 @@ class TFRecordSource:
 
     def __init__(self, paths, image_shape, *, keep_offsets=True):
         self.image_shape, self._paths = tuple(image_shape), list(paths)
+        self.files = file_entries(self._paths, os.path.dirname(self._paths[0]))
         offsets = [load_offsets(path, keep=keep_offsets) for path in self._paths]
         self._ends = np.cumsum([len(o) for o in offsets])
         self._offsets, self.num_examples = offsets, int(self._ends[-1])

@@ -1,5 +1,6 @@
 """Training a workdir from a config."""
 
+import json
 import os
 import re
 import shlex
@@ -10,13 +11,18 @@ from absl import logging
 
 from ddpm_tf import builders, images
 from ddpm_tf import config as config_lib
-from ddpm_tf.bundles import assign
+from ddpm_tf.data.manifest import digest
+from ddpm_tf.data.pipeline import batch_indices
 from ddpm_tf.diffusion.losses import make_loss
-from ddpm_tf.errors import BadDataError, DataNotFoundError, InputError, Interrupted
+from ddpm_tf.errors import BadDataError, DataNotFoundError, InputError, Interrupted, unknown_name
+from ddpm_tf.experiment.resume import NAN_POLICIES, StartOptions, check_data, move_away, restore
 from ddpm_tf.experiment.sampling import make_picture, sample_in_batches
-from ddpm_tf.experiment.workdir import check_workdir, locked, meta, write_config
+from ddpm_tf.experiment.workdir import check_workdir, check_writable, locked, read_config, write_json
 from ddpm_tf.training import callbacks, checkpoints
 from ddpm_tf.training.distribution import configure_devices, make_strategy
+from ddpm_tf.training.fingerprint import fingerprint as make_fingerprint
+from ddpm_tf.training.signals import StopOnSignal
+from ddpm_tf.training.skipped import SkippedSteps
 
 
 def describe(config):
@@ -45,125 +51,178 @@ def describe(config):
     )
 
 
-def train(config, workdir, *, download=False, grace_period_s=30.0):
+def train(config, workdir, start=StartOptions()):  # noqa: B008 - immutable
     """Train, or go on with, the run in `workdir`; ends with a sample grid.
 
     Args:
         config: a ConfigDict of `config.default()`'s fields.
         workdir: the run's folder; its newest checkpoint that verifies is gone on from.
-        download: let TFDS fetch a data set that is not prepared.
-        grace_period_s: after SIGTERM or SIGINT, seconds in which the step is finished and its state saved.
+        start: StartOptions, what holds for this start alone.
 
     Raises:
         InputError: a config, data set or workdir that cannot be used. Nothing has been written then.
         WorkdirError: a workdir that cannot be written to, or in which another process trains.
         NoValidCheckpointError: checkpoints of which none verifies; training never starts again at 0 by itself.
         BadDataError: an image that cannot be read, met in the middle of the run.
-        StorageError, NumericsError: a checkpoint that could not, or must not, be written.
+        StorageError, NumericsError: a checkpoint that could not, or must not, be written; too many steps skipped.
         Interrupted: SIGTERM or SIGINT; the state was saved.
     """
     config_lib.validate(config)
-    configure_devices()
-    check_workdir(config, workdir)
-    num_steps = config.train.num_steps
-    steps = checkpoints.list_steps(os.path.join(workdir, "ckpt"))
-    if steps and steps[-1] >= num_steps:
-        logging.info("Step %d of %d: nothing to do. A larger train.num_steps goes on.", steps[-1], num_steps)
-        if not os.path.exists(_grid_path(workdir, steps[-1], "ema")):  # the run ended before its last pictures
-            model = builders.build_model(config, make_strategy())
-            with locked(workdir):
-                _make_sample_fn(config, model, workdir)(_restore(model, workdir))
-        print(_where(workdir))
-        return
+    if start.nan_policy not in NAN_POLICIES:
+        raise unknown_name("--nan_policy", start.nan_policy, NAN_POLICIES)
+    configure_devices(deterministic=config.train.deterministic)
+    check_writable(workdir)
+    check_workdir(config, workdir, fresh=start.restart_from_scratch)
+    if start.init_from:
+        read_config(start.init_from, flag="--init_from")
+    steps = [] if start.restart_from_scratch else checkpoints.list_steps(os.path.join(workdir, "ckpt"))
+    if steps and steps[-1] >= config.train.num_steps:
+        _finish(config, workdir, steps[-1], start)
+    else:
+        _run(config, workdir, start)
+    print(_where(workdir))
+
+
+def _finish(config, workdir, step, start):
+    """A run that has all its steps: nothing to do, but for pictures that it was stopped before."""
+    logging.info("Step %d of %d: nothing to do. A larger train.num_steps goes on.", step, config.train.num_steps)
+    if not os.path.exists(_grid_path(workdir, step, "ema")):
+        strategy = make_strategy()
+        model = builders.build_model(config, strategy)
+        with locked(workdir):
+            restore(model, workdir, start, fingerprint=None)
+            _make_draw(config, model, workdir, callbacks.Summaries(os.path.join(workdir, "tensorboard")))(step)
+
+
+def _run(config, workdir, start):
     builders.build_sampler(config, builders.build_diffusion(config))  # mistakes show before the data are read
-    model = builders.build_model(config, make_strategy())
-    source = builders.build_source(config, download=download)
-    first_batches = builders.build_dataset(config, source, start_step=0)
+    strategy = make_strategy()
+    limit = 1 if start.nan_policy == "stop" else None
+    model = builders.build_model(config, strategy, max_skipped_steps=limit)
+    source = builders.build_source(config, download=start.download)
+    builders.build_dataset(config, source, start_step=0)
+    num_steps = config.train.num_steps
     with locked(workdir):
-        start_step = _restore(model, workdir)
+        if start.restart_from_scratch:
+            move_away(workdir)
+        data = check_data(source, workdir, start)
+        fingerprint = _fingerprint(config, strategy, data)
+        is_new = not os.path.exists(os.path.join(workdir, "config.json"))
+        if is_new:
+            _write_settings(workdir, config, data)
+        start_step = restore(model, workdir, start, fingerprint=fingerprint)
+        if not is_new and start_step == 0:
+            logging.info("%s holds no checkpoint yet: starting at step 0.", workdir)
         if start_step % config.train.steps_per_execution:
             raise InputError(
                 f"The run goes on from step {start_step}, which is no multiple of train.steps_per_execution="
                 f"{config.train.steps_per_execution}. Use one that divides it, for example 1."
             )
-        dataset = builders.build_dataset(config, source, start_step=start_step) if start_step else first_batches
-        write_config(workdir, config)
-        sample_fn = _make_sample_fn(config, model, workdir)
-        every_step = _make_callbacks(config, workdir, start_step, sample_fn, grace_period_s)
+        _write_settings(workdir, config, data)
+        every_step = _make_callbacks(config, model, source, workdir, start_step, start, fingerprint)
         logging.info("Compiling the training step; the first steps take longer.")
         try:
             model.fit(
-                dataset,
+                builders.build_dataset(config, source, start_step=start_step),
                 steps_per_epoch=num_steps - start_step,
                 verbose=0,
                 shuffle=False,
                 callbacks=list(every_step.values()),
             )
+        except tf.errors.ResourceExhaustedError as e:
+            raise InputError(
+                f"Out of memory with data.batch_size={config.data.batch_size} and {model.network.count_params():,} "
+                f"parameters: {str(e).partition(chr(10))[0]} Lower data.batch_size, or use more devices. The last "
+                f"checkpoint in {workdir} is kept."
+            ) from e
         except tf.errors.OpError as e:  # what a source raises arrives as the text of an op's error
             found = re.search(r"InputError: (.*)", str(e))
             if not found:
                 raise
             raise BadDataError(f"{found[1]} Training stopped; the last checkpoint in {workdir} is kept.") from e
-        number = every_step["stop"].signal
-        step = int(model.optimizer.iterations.numpy())
+        finally:
+            every_step["stop"].release()
+            every_step["checkpoints"].wait()
+    number = every_step["stop"].signal
     if number is not None:
         raise Interrupted(
-            f"{signal.Signals(number).name}: stopped after step {step} of {num_steps}, whose state is saved. "
-            "The same command goes on.",
+            f"{signal.Signals(number).name}: stopped after step {model.optimizer.iterations.numpy()} of {num_steps}, whose "
+            "state is saved. The same command goes on.",
             number,
         )
-    print(_where(workdir))
 
 
-def _restore(model, workdir):
-    """Give the model the newest checkpoint that verifies; the step it was written after, 0 without one."""
-    folder = os.path.join(workdir, "ckpt")
-    checkpoints.sweep(folder)
-    latest = checkpoints.restore_latest(folder, quarantine=True)
-    if latest is None:
-        if os.path.exists(os.path.join(workdir, "config.json")):
-            logging.info("%s holds no checkpoint yet: starting at step 0.", workdir)
-        return 0
-    step, tensors = latest
-    assign(checkpoints.variables_by_name(model), tensors, f"The checkpoint of step {step}")
-    logging.info("Going on from step %d of %s.", step, workdir)
-    return step
+def _fingerprint(config, strategy, data):
+    return make_fingerprint(
+        strategy, jit_compile=builders.uses_xla(config), deterministic=config.train.deterministic,
+        batch_size=config.data.batch_size, seed=config.seed, data=digest(data),
+    )  # fmt: skip
+
+
+def _write_settings(workdir, config, data):
+    write_json(os.path.join(workdir, "config.json"), config_lib.to_json(config))
+    write_json(os.path.join(workdir, "data.json"), json.dumps(data))
 
 
 def _grid_path(workdir, step, name):
     return os.path.join(workdir, "samples", f"step_{step:012d}_{name}.png")
 
 
-def _make_sample_fn(config, model, workdir):
-    """sample_fn(step): a grid from the moving average and one from the weights, from the same seeds."""
+def _make_draw(config, model, workdir, summaries):
+    """draw(step): a grid from the moving average and one from the weights, from the same seeds."""
     sampler = builders.build_sampler(config, model.diffusion)
-    summaries = callbacks.Summaries(os.path.join(workdir, "tensorboard"))
 
-    def sample_fn(step):
-        for name, network in (("ema", model.ema_network), ("raw", model.network)):
+    def draw(step):
+        for name, network in (("raw", model.network), ("ema", model.ema_network)):
             grid = make_picture(sample_in_batches(network, sampler, config.sample))
             images.save_png(_grid_path(workdir, step, name), grid)
             summaries.image(f"samples_{name}", grid, step)
 
-    sample_fn.summaries = summaries
-    return sample_fn
+    return draw
 
 
-def _make_callbacks(config, workdir, start_step, sample_fn, grace_period_s):
+def _make_replay(config, model, source):
+    """replay(step): what a step is computed from, beside the weights; everything is a function of the step."""
+
+    def replay(step):
+        batch_size, at = config.data.batch_size, tf.constant(step, tf.int64)
+        indices = batch_indices(at, num_examples=source.num_examples, batch_size=batch_size, seed=config.seed)
+        batch = next(iter(builders.build_dataset(config, source, start_step=step)))
+        t, eps, dropout_seed = model.draws(tf.range(batch_size), at)
+        arrays = {**batch, "indices": indices, "t": t, "eps": eps, "dropout_seed": dropout_seed}
+        return {name: array.numpy() for name, array in arrays.items()}
+
+    return replay
+
+
+def _make_callbacks(config, model, source, workdir, start_step, start, fingerprint):
     """{name: callback}, in the order in which they act after a step."""
     t, batch_size = config.train, config.data.batch_size
+    summaries = callbacks.Summaries(os.path.join(workdir, "tensorboard"))
     saving = callbacks.Checkpoints(
-        start_step, folder=os.path.join(workdir, "ckpt"), every=t.checkpoint_every, num_steps=t.num_steps,
-        keep=t.keep_checkpoints, meta=meta(config),
+        start_step, folder=os.path.join(workdir, "ckpt"), every=t.checkpoint_every, minutes=t.checkpoint_minutes,
+        num_steps=t.num_steps, keep=t.keep_checkpoints, keep_every=t.keep_every,
+        meta={"config": config.to_dict(), "fingerprint": fingerprint},
     )  # fmt: skip
+    stop = StopOnSignal(start_step, checkpoints=saving, grace_period_s=start.grace_period_s)
     return {
         "progress": callbacks.Progress(start_step, num_steps=t.num_steps, batch_size=batch_size, log_every=t.log_every),
         "metrics": callbacks.Metrics(
-            start_step, workdir=workdir, batch_size=batch_size, log_every=t.log_every, summaries=sample_fn.summaries
+            start_step, workdir=workdir, batch_size=batch_size, log_every=t.log_every, summaries=summaries
+        ),
+        "skipped": SkippedSteps(
+            start_step, folder=os.path.join(workdir, "nan_dump"), replay=_make_replay(config, model, source)
         ),
         "checkpoints": saving,
-        "stop": callbacks.StopOnSignal(start_step, checkpoints=saving, grace_period_s=grace_period_s),
-        "grids": callbacks.SampleGrids(start_step, every=t.sample_every, num_steps=t.num_steps, sample_fn=sample_fn),
+        "stop": stop,
+        "grids": callbacks.SampleGrids(
+            start_step,
+            every=t.sample_every,
+            num_steps=t.num_steps,
+            draw=_make_draw(config, model, workdir, summaries),
+            is_drawn=lambda step: os.path.exists(_grid_path(workdir, step, "ema")),
+            stop=stop,
+        ),
     }
 
 

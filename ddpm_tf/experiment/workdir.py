@@ -8,16 +8,21 @@ import socket
 import time
 import uuid
 
-from ddpm_tf import __version__
 from ddpm_tf import config as config_lib
 from ddpm_tf.errors import InputError, WorkdirError
 from ddpm_tf.training import checkpoints
 
-_BEFORE_CONFIG = {".lock", "ckpt", "samples"}  # what a run that was killed at once may have left
+_BEFORE_CONFIG = {
+    ".lock",
+    "ckpt",
+    "samples",
+    "data.json",
+    "data.json.tmp",
+}  # what a run that was killed at once may have left
 
 
-def read_config(workdir):
-    """The config a workdir was made with.
+def read_config(workdir, *, flag="--workdir"):
+    """The config a workdir was made with; `flag` named it.
 
     Raises:
         InputError: no such workdir, or no usable config.json.
@@ -25,12 +30,13 @@ def read_config(workdir):
     path = os.path.join(workdir, "config.json")
     if not os.path.isfile(path):
         what = "holds no config.json" if os.path.isdir(workdir) else "does not exist"
-        raise InputError(f"--workdir={workdir} {what}; expected a folder written by run_train.py.")
+        raise InputError(f"{flag}={workdir} {what}; expected a folder written by run_train.py.")
     with open(path, encoding="utf-8", errors="replace") as f:  # what is no text is no JSON either
         return config_lib.from_json(f.read(), path)
 
 
 def newest(workdir):
+    """(step, {name: array}) of a workdir's newest checkpoint."""
     folder = os.path.join(workdir, "ckpt")
     latest = checkpoints.restore_latest(folder)
     if latest is None:
@@ -78,6 +84,22 @@ def locked(workdir):
         yield
 
 
+def check_writable(workdir):
+    """Refuse a workdir that cannot be written to, before anything is read or built; makes nothing.
+
+    Raises:
+        WorkdirError
+    """
+    path = os.path.abspath(workdir)
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    if not os.access(path, os.W_OK | (os.X_OK if os.path.isdir(path) else 0)):
+        raise WorkdirError(
+            f"--workdir={workdir} cannot be written to: no right to write in {path}, or it is read-only. Choose another, or "
+            "change its rights."
+        )
+
+
 def _try_writing(workdir):
     probe = os.path.join(workdir, f".tmp-probe-{uuid.uuid4().hex}")
     with open(probe, "w") as f:
@@ -88,31 +110,33 @@ def _try_writing(workdir):
     os.unlink(f"{probe}-renamed")
 
 
-def write_config(workdir, config):
-    """Write config.json; the file is the old one or the new one, never a part."""
-    path = os.path.join(workdir, "config.json")
+def write_json(path, text):
+    """Write a file of the workdir; it is the old one or the new one, never a part."""
     with open(f"{path}.tmp", "w") as f:
-        f.write(config_lib.to_json(config))
+        f.write(text)
         f.flush()
         os.fsync(f.fileno())
     os.replace(f"{path}.tmp", path)
 
 
-def check_workdir(config, workdir):
+def check_workdir(config, workdir, *, fresh=False):
+    """Refuse a folder of something else, and a run whose fixed fields differ; `fresh`: what it holds is to be moved away."""
     if os.path.exists(workdir) and not os.path.isdir(workdir):
         raise InputError(f"--workdir={workdir} is a file; expected a folder.")
     if not os.path.exists(os.path.join(workdir, "config.json")):
-        if checkpoints.list_steps(os.path.join(workdir, "ckpt")):
+        if checkpoints.list_steps(os.path.join(workdir, "ckpt")) and not fresh:
             raise InputError(
                 f"--workdir={workdir} has checkpoints but no config.json; restore it or use another workdir."
             )
         foreign = sorted(set(os.listdir(workdir)) - _BEFORE_CONFIG) if os.path.isdir(workdir) else []
-        foreign = [name for name in foreign if not name.startswith((".tmp-", "config.json"))]
+        foreign = [name for name in foreign if not name.startswith((".tmp-", "config.json", "old-"))]
         if foreign:
             raise InputError(
                 f"--workdir={workdir} holds {foreign[0]!r} and no config.json: it is no workdir of this program, and nothing "
                 "is written over. Use a new or an empty folder."
             )
+        return
+    if fresh:
         return
     changed = [d for d in config_lib.differences(read_config(workdir), config) if not d[0].free]
     if changed:
@@ -131,7 +155,8 @@ def write_workdir(workdir, config, tensors):
         with open(os.path.join(temporary, "config.json"), "w") as f:
             f.write(config_lib.to_json(config))
         step = int(tensors["step"])
-        checkpoints.save(os.path.join(temporary, "ckpt"), step, tensors, meta(config), keep=1)
+        meta = {"config": config.to_dict(), "time": time.time()}
+        checkpoints.save(os.path.join(temporary, "ckpt"), step, tensors, meta, keep=1)
         os.makedirs(workdir, exist_ok=True)
         os.replace(temporary, workdir)
     except OSError as e:
@@ -140,7 +165,3 @@ def write_workdir(workdir, config, tensors):
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def meta(config):
-    return {"version": __version__, "config": config.to_dict(), "time": time.time()}

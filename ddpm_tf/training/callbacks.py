@@ -2,8 +2,8 @@
 
 import concurrent.futures
 import json
+import math
 import os
-import signal
 import sys
 import threading
 import time
@@ -95,7 +95,7 @@ class Metrics(StepCallback):
         rate = (step - self.last_step) * self.batch_size / max(now - self.last_time, 1e-9)
         row = {
             "step": step,
-            **logs,
+            **{name: value if math.isfinite(value) else None for name, value in logs.items()},  # JSON has no NaN
             "images_per_s": round(rate, 1),
             "seconds": round(now - self.last_time, 3),
         }
@@ -108,24 +108,28 @@ class Metrics(StepCallback):
 
     def on_train_end(self, logs=None):
         self.file.close()
+        self.summaries.flush()
 
 
 class Checkpoints(StepCallback):
-    """A checkpoint every `every` steps and at the end, written by a thread of its own while training goes on.
+    """A checkpoint every `every` steps, every `minutes` and at the end, written by a thread of its own while training goes on.
 
     The tensors are copied between two steps; an error of the writing thread is raised after the step it is seen at.
     """
 
-    def __init__(self, start_step, *, folder, every, num_steps, keep, meta):
+    def __init__(self, start_step, *, folder, every, minutes, num_steps, keep, keep_every, meta):
         super().__init__(start_step)
-        self.folder, self.every, self.num_steps, self.keep, self.meta = folder, every, num_steps, keep, meta
+        self.folder, self.every, self.minutes, self.num_steps = folder, every, minutes, num_steps
+        self.meta, self.keeping = meta, {"keep": keep, "keep_every": keep_every}
+        self._last_time = time.monotonic()
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
-        self._pending, self._saved_step = None, None
+        self._pending, self._saved_step = None, start_step
 
     def on_step(self, step, logs):
         if self._pending is not None and self._pending.done():
             self.wait()
-        if is_due(step, self.every) or step >= self.num_steps:
+        waited = time.monotonic() - self._last_time
+        if is_due(step, self.every) or step >= self.num_steps or (self.minutes and waited >= 60 * self.minutes):
             self.save(step)
 
     def save(self, step):
@@ -134,8 +138,9 @@ class Checkpoints(StepCallback):
             return
         self.wait()
         tensors = {name: np.array(v) for name, v in checkpoints.variables_by_name(self.model).items()}
-        self._saved_step = step
-        self._pending = self._writer.submit(checkpoints.save, self.folder, step, tensors, self.meta, keep=self.keep)
+        self._saved_step, self._last_time = step, time.monotonic()
+        meta = {**self.meta, "time": time.time()}
+        self._pending = self._writer.submit(checkpoints.save, self.folder, step, tensors, meta, **self.keeping)
 
     def wait(self):
         """Until nothing is being written; raises what the writing raised."""
@@ -147,48 +152,43 @@ class Checkpoints(StepCallback):
         self.wait()
 
 
-class StopOnSignal(StepCallback):
-    """SIGTERM or SIGINT: the step is finished, a checkpoint saved, and `fit` ends; `signal` says which came.
+class SampleGrids(StepCallback):
+    """Draws a grid every `every` steps and at the end, unless training is being stopped.
 
-    A second signal leaves at once, as does the end of the grace period; a checkpoint that is being written then is left
-    half-written, which is harmless: the one before it is the newest that verifies.
+    Args:
+        draw: draw(step).
+        is_drawn: is_drawn(step), whether its pictures are there; a run that was stopped while drawing draws them first.
+        stop: StopOnSignal.
+
+    A grid takes long. It is drawn by a thread of its own, so that a signal is answered meanwhile: the state after the
+    step is saved and the grid given up.
     """
 
-    def __init__(self, start_step, *, checkpoints, grace_period_s):
+    def __init__(self, start_step, *, every, num_steps, draw, is_drawn, stop):
         super().__init__(start_step)
-        self.checkpoints, self.grace_period_s, self.signal = checkpoints, grace_period_s, None
+        self.every, self.num_steps, self.draw, self.is_drawn, self.stop = every, num_steps, draw, is_drawn, stop
 
     def on_train_begin(self, logs=None):
-        self._previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def _on_signal(self, number, frame):
-        if self.signal is not None:
-            os._exit(128 + number)
-        self.signal = number
-        watchdog = threading.Timer(self.grace_period_s, os._exit, [128 + number])
-        watchdog.daemon = True
-        watchdog.start()
+        if self.start_step and not self.is_drawn(self.start_step):
+            self.on_step(self.start_step, logs)
 
     def on_step(self, step, logs):
-        if self.signal is not None:
-            self.checkpoints.save(step)
-            self.model.stop_training = True
+        if not (is_due(step, self.every) or step >= self.num_steps) or self.model.stop_training:
+            return
+        drawing = concurrent.futures.Future()
+        threading.Thread(target=self._draw_into, args=(drawing, step), daemon=True).start()
+        while not drawing.done():
+            concurrent.futures.wait([drawing], timeout=0.1)
+            if self.stop.signal is not None:
+                self.stop.on_step(step, logs)
+                return
+        drawing.result()
 
-    def on_train_end(self, logs=None):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-
-class SampleGrids(StepCallback):
-    """Calls sample_fn(step) every `every` steps and at the end, unless training is being stopped."""
-
-    def __init__(self, start_step, *, every, num_steps, sample_fn):
-        super().__init__(start_step)
-        self.every, self.num_steps, self.sample_fn = every, num_steps, sample_fn
-
-    def on_step(self, step, logs):
-        if (is_due(step, self.every) or step >= self.num_steps) and not self.model.stop_training:
-            self.sample_fn(step)
+    def _draw_into(self, drawing, step):
+        try:
+            drawing.set_result(self.draw(step))
+        except BaseException as e:
+            drawing.set_exception(e)
 
 
 class Summaries:
@@ -213,3 +213,7 @@ class Summaries:
         if self._writer:
             with self._writer.as_default():
                 tf.summary.image(name, image[None], step=step)
+
+    def flush(self):
+        if self._writer:
+            self._writer.flush()

@@ -13,20 +13,22 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from ddpm_tf import __version__
 from ddpm_tf.bundles import read_bundle, write_bundle
 from ddpm_tf.errors import InputError, NoValidCheckpointError, NumericsError, StorageError
 
-FORMAT = 1  # of a checkpoint folder
+FORMAT = 2  # of a checkpoint folder; 1 had no counts of skipped steps
 
 _STEP = re.compile(r"step_(\d{12})$")
-_BUNDLE, _MANIFEST = "state", "MANIFEST.json"
+_BUNDLE, _META, _MANIFEST = "state", "meta.json", "MANIFEST.json"
 _ATTEMPTS = 3
 
 
 def variables_by_name(model):
-    """{name: variable} of everything a run needs to go on: network, EMA, the optimizer's slots, and the step.
+    """{name: variable} of everything a run needs to go on: network, EMA, the optimizer's slots, the step, and the counts
+    of skipped steps.
 
-    Names: network/PATH, ema/PATH, optimizer/SLOT/PATH (momentum and velocity are Adam's m and v), step.
+    Names: network/PATH, ema/PATH, optimizer/SLOT/PATH (momentum and velocity are Adam's m and v), step, skipped/NAME.
     """
     named = {f"network/{v.path}": v for v in model.network.variables}
     named |= {f"ema/{v.path}": v for v in model.ema_network.variables}
@@ -36,6 +38,11 @@ def variables_by_name(model):
         if v is not model.optimizer.iterations:
             owner, _, slot = v.path.partition("/")[2].rpartition("_")
             named[f"optimizer/{slot}/{paths[owner]}"] = v
+    named |= {
+        "skipped/total": model.skipped_total,
+        "skipped/in_a_row": model.skipped_in_a_row,
+        "skipped/steps": model.skipped_steps,
+    }
     return {**named, "step": model.optimizer.iterations}
 
 
@@ -50,8 +57,8 @@ def step_folder(folder, step):
     return os.path.join(folder, f"step_{step:012d}")
 
 
-def save(folder, step, tensors, meta, *, keep):
-    """Write a checkpoint into `folder`, then delete all but the newest `keep`.
+def save(folder, step, tensors, meta, *, keep, keep_every=0):
+    """Write a checkpoint into `folder`, then delete all but the newest `keep` and those of every `keep_every` steps.
 
     A folder `.tmp-*` is filled, its files and itself are brought to the disk, and it is renamed: whatever stops the
     program or the machine, the newest checkpoint that verifies is this one or the one before.
@@ -62,6 +69,7 @@ def save(folder, step, tensors, meta, *, keep):
         tensors: {name: array}.
         meta: what JSON can hold.
         keep: at least 1.
+        keep_every: checkpoints of multiples of it are never deleted; 0: none.
 
     Raises:
         NumericsError: a tensor that is not finite; nothing is written then, and nothing is deleted.
@@ -86,14 +94,19 @@ def save(folder, step, tensors, meta, *, keep):
                 raise _storage_error(folder, step, tensors, e) from e
             logging.warning("Writing the checkpoint of step %d failed (%s); trying again.", step, e)
             time.sleep(2**attempt)
-    prune(folder, keep)
+    prune(folder, keep, keep_every)
 
 
-def prune(folder, keep):
-    """Delete all but the newest `keep` checkpoints: renamed first, so that a half-deleted one is never read."""
+def prune(folder, keep, keep_every=0):
+    """Delete old checkpoints, as `save` says: renamed first, so that a half-deleted one is never read."""
     for step in list_steps(folder)[:-keep]:
+        if keep_every and step % keep_every == 0:
+            continue
         trash = os.path.join(folder, f".trash-{step}-{uuid.uuid4().hex}")
-        os.rename(step_folder(folder, step), trash)
+        try:
+            os.rename(step_folder(folder, step), trash)
+        except OSError as e:  # nothing is lost; the next save tries again
+            logging.warning("The old checkpoint of step %d cannot be deleted: %s", step, e)
         shutil.rmtree(trash, ignore_errors=True)
 
 
@@ -113,23 +126,53 @@ def restore_latest(folder, *, quarantine=False):
 
     Raises:
         NoValidCheckpointError: there are checkpoints, and none verifies.
+        InputError: the newest one was written in a format that this version does not read.
     """
     steps, problems = list_steps(folder)[::-1], []
     for step in steps:
         path = step_folder(folder, step)
         try:
             verify(path)
-            return step, read_bundle(os.path.join(path, _BUNDLE))
-        except (InputError, OSError) as e:  # OSError: pruned under a reader, or unreadable
+            meta = read_meta(folder, step)
+            tensors = read_bundle(os.path.join(path, _BUNDLE)) if meta["format"] == FORMAT else None
+        except (InputError, OSError, ValueError, KeyError) as e:  # OSError: pruned under a reader, or unreadable
             problems.append(f"step {step}: {e}")
             logging.warning("The checkpoint of step %d cannot be used: %s", step, e)
             if quarantine and os.path.isdir(path):
                 os.rename(path, os.path.join(folder, f"corrupt-{step}-{uuid.uuid4().hex}"))
+        else:
+            _check_format(path, meta)
+            return step, tensors
     if problems:
         raise NoValidCheckpointError(
-            f"None of the {len(problems)} checkpoints in {folder} can be used:\n  " + "\n  ".join(problems)
+            f"None of the {len(problems)} checkpoints in {folder} can be used:\n  " + "\n  ".join(problems) + "\n"
+            "To give this run up and begin again at step 0: --restart_from_scratch, which moves it to old-TIME/."
+        )
+    if os.path.isdir(folder) and any(name.startswith("corrupt-") for name in os.listdir(folder)):
+        raise NoValidCheckpointError(
+            f"{folder} holds only checkpoints that were found damaged (corrupt-*). To begin again at step 0: "
+            "--restart_from_scratch, which moves them to old-TIME/."
         )
     return None
+
+
+def _check_format(path, meta):
+    if meta["format"] > FORMAT:
+        raise InputError(
+            f"{path} was written by ddpm_tf {meta['version']} in checkpoint format {meta['format']}; this is "
+            f"{__version__}, which reads format {FORMAT}. Upgrade ddpm_tf."
+        )
+    if meta["format"] < FORMAT:
+        raise InputError(
+            f"{path} was written in checkpoint format {meta['format']}, by a version before the first release; this is "
+            f"{__version__}, which reads format {FORMAT}. Use the version it was written with."
+        )
+
+
+def read_meta(folder, step):
+    """What was given as `meta` with the checkpoint of `step`, and its format, version and variables."""
+    with open(os.path.join(step_folder(folder, step), _META)) as f:
+        return json.load(f)
 
 
 def verify(path):
@@ -146,8 +189,8 @@ def verify(path):
         raise InputError(f"{manifest} is missing.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise InputError(f"{manifest} cannot be read: {e}") from e
-    if f"{_BUNDLE}.index" not in files:
-        raise InputError(f"{manifest} names no tensors.")
+    if not {f"{_BUNDLE}.index", _META} <= files.keys():
+        raise InputError(f"{manifest} names no {_BUNDLE}.index or no {_META}.")
     for name, (size, digest) in files.items():
         file = os.path.join(path, name)
         found = os.path.getsize(file) if os.path.isfile(file) else None
@@ -160,8 +203,9 @@ def verify(path):
 def _write(temporary, tensors, meta):
     os.makedirs(temporary)
     write_bundle(os.path.join(temporary, _BUNDLE), tensors)
-    with open(os.path.join(temporary, "meta.json"), "w") as f:
-        json.dump({"format": FORMAT, **meta}, f, indent=2)
+    variables = {name: f"{array.dtype.name} {list(array.shape)}" for name, array in tensors.items()}
+    with open(os.path.join(temporary, _META), "w") as f:
+        json.dump({"format": FORMAT, "version": __version__, **meta, "variables": variables}, f, indent=2)
     paths = {name: os.path.join(temporary, name) for name in sorted(os.listdir(temporary))}
     manifest = {name: {"size": os.path.getsize(p), "sha256": _sha256(p)} for name, p in paths.items()}
     with open(os.path.join(temporary, _MANIFEST), "w") as f:
@@ -189,6 +233,20 @@ def _is_full(error):
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or any(
         word in text for word in ("No space left", "File too large", "quota")
     )
+
+
+def check_space(folder, tensors):
+    """Refuse to begin where the disk has no room for a checkpoint of these tensors, and 30 % more.
+
+    Raises:
+        StorageError: naming the bytes needed and free.
+    """
+    needed, free = round(1.3 * sum(a.nbytes for a in tensors.values())), shutil.disk_usage(folder).free
+    if free < needed:
+        raise StorageError(
+            f"{folder} has {free:,} bytes free; a checkpoint needs {needed:,} with 30 % to spare. Make room, or use "
+            "another --workdir."
+        )
 
 
 def _storage_error(folder, step, tensors, error):

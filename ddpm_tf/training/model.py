@@ -9,7 +9,12 @@ from ddpm_tf.errors import InputError, unknown_name
 from ddpm_tf.training.ema import make_ema_network, update_ema
 
 GRAD_CLIP_MODES = ("global", "per_replica")
-LOGS = ("loss", "grad_norm", "learning_rate")
+LOGS = ("loss", "grad_norm", "learning_rate", "skipped")  # skipped: steps so far
+_REMEMBERED = 32  # the last skipped steps whose numbers are kept
+
+
+def _counter(value):
+    return tf.Variable(value, dtype=tf.int64, trainable=False, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
 
 
 class DiffusionModel(keras.Model):
@@ -29,6 +34,10 @@ class DiffusionModel(keras.Model):
         grad_clip_mode: global (the norm of the whole batch's gradient; the result does not depend on the number of
             replicas) or per_replica (the original's: each of N replicas clips the gradient of its loss / N at
             grad_clip / N, and the clipped gradients are summed).
+        max_skipped_steps: after this many steps in a row with a loss or gradient that is not finite, no step changes
+            anything any more. At least 1.
+
+    `skipped_total`, `skipped_in_a_row` and `skipped_steps` (the numbers of the last ones, -1 before) count such steps.
 
     `fit` takes batches {"image": float32 [B, H, W, C] in [-1, 1], "label": int32 [B] (optional)}, B divisible by the
     number of replicas; make, compile and fit the model inside `strategy.scope()`.
@@ -49,18 +58,23 @@ class DiffusionModel(keras.Model):
         ema_decay=0.9999,
         grad_clip=1.0,
         grad_clip_mode="global",
+        max_skipped_steps=20,
     ):
         super().__init__(name="diffusion_model")
         self._per_example_loss = make_loss(loss, diffusion, weight=loss_weight)
         if grad_clip_mode not in GRAD_CLIP_MODES:
             raise unknown_name("grad_clip_mode", grad_clip_mode, GRAD_CLIP_MODES)
-        if not 0 <= ema_decay < 1 or grad_clip < 0:
+        if not 0 <= ema_decay < 1 or grad_clip < 0 or max_skipped_steps < 1:
             raise InputError(
-                f"ema_decay must be within [0, 1) and grad_clip at least 0, found {ema_decay} and {grad_clip}."
+                "ema_decay must be within [0, 1), grad_clip at least 0 and max_skipped_steps at least 1, found "
+                f"{ema_decay}, {grad_clip} and {max_skipped_steps}."
             )
         self.network, self.ema_network = network, make_ema_network(network)
         self.diffusion, self.seed, self.ema_decay = diffusion, seed, ema_decay
         self.grad_clip, self.grad_clip_mode = grad_clip, grad_clip_mode
+        self.max_skipped_steps = max_skipped_steps
+        self.skipped_total, self.skipped_in_a_row = _counter(0), _counter(0)
+        self.skipped_steps = _counter([-1] * _REMEMBERED)
         self.built = True
 
     def compile(self, optimizer, *, jit_compile=False, steps_per_execution=1):
@@ -73,28 +87,58 @@ class DiffusionModel(keras.Model):
         return self.network(inputs, training=training)
 
     def train_step(self, batch):
-        """One step of Algorithm 1 on this replica's share of the global batch."""
+        """One step of Algorithm 1 on a global batch; called outside the replicas.
+
+        A step whose loss or gradient is not finite changes no weight, moment or average, and is counted; the step
+        number goes on, since data, draws and learning rate depend on it. The decision is taken on all-reduced values,
+        so it is the same on every replica.
+        """
+        strategy, step = self.distribute_strategy, tf.identity(self.optimizer.iterations.value)
+        learning_rate = tf.identity(self.optimizer.learning_rate)
+        loss, norm, gradients = strategy.run(self._gradient_step, (batch,))
+        loss, norm = (strategy.experimental_local_results(v)[0] for v in (loss, norm))
+        is_finite = tf.math.is_finite(loss) & tf.math.is_finite(norm)
+
+        def update():
+            strategy.run(self._update, (gradients,))
+            return tf.constant(0, tf.int64)
+
+        def skip():
+            self.optimizer.iterations.assign_add(1)
+            return tf.constant(1, tf.int64)
+
+        # Once the limit is reached nothing changes any more, however many steps one call makes.
+        skipped = tf.cond(is_finite & (self.skipped_in_a_row < self.max_skipped_steps), update, skip)
+        total = self.skipped_total.assign_add(skipped)
+        self.skipped_in_a_row.assign((self.skipped_in_a_row + skipped) * skipped)
+        moved = tf.concat([self.skipped_steps[1:], [tf.cast(step, tf.int64)]], axis=0)
+        self.skipped_steps.assign(tf.where(skipped > 0, moved, self.skipped_steps))
+        return dict(zip(LOGS, (loss, norm, learning_rate, tf.cast(total, tf.float32)), strict=True))
+
+    def _gradient_step(self, batch):
+        """(loss, norm before clipping, gradients) of the global batch, the same on every replica."""
         context = tf.distribute.get_replica_context()
         replicas = context.num_replicas_in_sync
         images, labels = self._checked(batch)
-        step = self.optimizer.iterations.value
         size = tf.shape(images)[0]
         index = context.replica_id_in_sync_group * size + tf.range(size)
 
         # Gradient of the mean over the global batch
-        loss, gradients = self._loss_and_gradient(images, labels, index, step, tf.constant(1 / replicas, tf.float32))
+        scale = tf.constant(1 / replicas, tf.float32)
+        loss, gradients = self._loss_and_gradient(images, labels, index, self.optimizer.iterations.value, scale)
         if self.grad_clip_mode == "per_replica":
             gradients, _ = self._clip(gradients, self.grad_clip / replicas)
-        gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
+        loss, *gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, [loss * scale, *gradients])
         norm = tf.linalg.global_norm(gradients)
         if self.grad_clip_mode == "global":
             gradients, norm = self._clip(gradients, self.grad_clip)
+        return loss, norm, gradients
 
-        # Update: the optimizer sums over replicas once more
-        learning_rate = self.optimizer.learning_rate
+    def _update(self, gradients):
+        """Weights, moments and average from the global batch's gradients, which the optimizer sums over replicas again."""
+        replicas = tf.distribute.get_replica_context().num_replicas_in_sync
         self.optimizer.apply([g / replicas for g in gradients], self.network.trainable_variables)
         update_ema(self.ema_network.variables, self.network.variables, self.ema_decay)
-        return dict(zip(LOGS, (loss, norm, tf.identity(learning_rate)), strict=True))
 
     def draws(self, index, step):
         """What step `step` draws for the examples at positions `index` of the global batch.
@@ -159,11 +203,10 @@ class DiffusionModel(keras.Model):
         """The compiled loop over `steps_per_execution` steps; logs are those of the last step."""
         if self.train_function is not None and not force:
             return
-        strategy, steps = self.distribute_strategy, self.steps_per_execution
+        steps = self.steps_per_execution
 
         def one_step(iterator):
-            logs = strategy.run(self.train_step, args=(next(iterator),))
-            return {k: strategy.reduce(tf.distribute.ReduceOp.MEAN, v, axis=None) for k, v in logs.items()}
+            return self.train_step(next(iterator))
 
         def many_steps(iterator):
             zeros = {name: tf.zeros(()) for name in LOGS}

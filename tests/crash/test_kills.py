@@ -1,10 +1,12 @@
 """Runs that are killed or stopped at random moments, and started again by the same command.
 
-CRASH_KILLS=200 python -m pytest -m slow tests/crash      (the full size; 6 of each signal by default)
+CRASH_KILLS=200 python -m pytest -m slow tests/crash      (the full size; 20 of each signal by default)
 """
 
+import concurrent.futures
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import pytest
 from ddpm_tf.training import checkpoints
 
 ROOT = Path(__file__).parent.parent.parent
-KILLS = int(os.environ.get("CRASH_KILLS", "6"))
+KILLS = int(os.environ.get("CRASH_KILLS", "20"))
 NUM_STEPS = 600
 ARGS = (
     "run_train.py", "--config=configs/digits.py", "--config.data.batch_size=4", "--config.data.random_flip=True",
@@ -26,16 +28,48 @@ ARGS = (
     "--config.train.sample_every=40", "--config.train.jit_compile=off", "--config.sample.num_steps=2",
     "--config.sample.num_images=2",
 )  # fmt: skip
+SLOW_DISK = """
+import runpy, sys, time
+from ddpm_tf.training import checkpoints
+fsync = checkpoints._fsync
+checkpoints._fsync = lambda path: (time.sleep(0.1), fsync(path))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
-def start(workdir):
-    command = [sys.executable, *ARGS, f"--workdir={workdir}"]
+def start(workdir, *args, before=()):
+    command = [sys.executable, *before, *ARGS, f"--workdir={workdir}", *args]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def rows(workdir):
     lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "images_per_s")} for line in lines]
+
+
+def wait_for_a_row(process, workdir):
+    """From the first step on: the start of Python and TensorFlow is no moment of training."""
+    log, began = workdir / "metrics.jsonl", time.monotonic()
+    before = log.stat().st_size if log.exists() else 0
+    while process.poll() is None and (not log.exists() or log.stat().st_size <= before):
+        before = (
+            min(before, log.stat().st_size) if log.exists() else before
+        )  # rows after the last checkpoint are cut off
+        assert time.monotonic() - began < 180
+        time.sleep(0.01)
+
+
+def assert_the_same_end(workdir, uninterrupted):
+    (step, tensors), (_, expected) = (checkpoints.restore_latest(w / "ckpt") for w in (workdir, uninterrupted))
+    assert step == NUM_STEPS and tensors.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(tensors[name], expected[name], err_msg=name)
+    assert rows(workdir) == rows(uninterrupted)
+    assert sorted(p.name for p in (workdir / "ckpt").iterdir()) == sorted(
+        p.name for p in (uninterrupted / "ckpt").iterdir()
+    )  # no litter
+    assert not [p for p in workdir.rglob("*") if ".tmp" in p.name or ".trash" in p.name or "corrupt" in p.name]
 
 
 @pytest.fixture(scope="module")
@@ -47,47 +81,109 @@ def uninterrupted(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_that_is_stopped_again_and_again_is_the_uninterrupted_one(uninterrupted, tmp_path, number):
-    rng, workdir, stopped = np.random.Generator(np.random.PCG64(int(number))), tmp_path / "w", 0
+def run_to_the_end(workdir, number, *, before=()):
+    """Start the run again and again, with a signal at a random moment of each of the first KILLS starts."""
+    rng, stopped = np.random.Generator(np.random.PCG64([int(number), len(before)])), 0
     while True:
-        process = start(workdir)
+        process = start(workdir, before=before)
         if stopped < KILLS:
-            # From the first step on: the start of Python and TensorFlow is no moment of training.
-            log, began = workdir / "metrics.jsonl", time.monotonic()
-            before = log.stat().st_size if log.exists() else 0
-            while process.poll() is None and (not log.exists() or log.stat().st_size == before):
-                assert time.monotonic() - began < 120
-                time.sleep(0.01)
-            time.sleep(rng.uniform(0, 1.0))
+            wait_for_a_row(process, workdir)
+            time.sleep(rng.uniform(0, 0.5))
             if process.poll() is None:
                 process.send_signal(number)
                 stopped += 1
         _, errors = process.communicate()
         if process.returncode == 0:
-            break
+            return stopped
         assert process.returncode == (-9 if number == signal.SIGKILL else 143), errors
         if number == signal.SIGTERM:
             assert "whose state is saved" in errors and "Traceback" not in errors
             assert f"after step {checkpoints.list_steps(workdir / 'ckpt')[-1]} of" in errors
-    assert stopped == KILLS
-    (step, tensors), (_, expected) = (checkpoints.restore_latest(w / "ckpt") for w in (workdir, uninterrupted))
-    assert step == NUM_STEPS and tensors.keys() == expected.keys()
-    for name in expected:
-        np.testing.assert_array_equal(tensors[name], expected[name], err_msg=name)
-    assert rows(workdir) == rows(uninterrupted)
-    litter = [p.name for p in (workdir / "ckpt").iterdir() if not p.name.startswith("step_")]
-    assert not litter and len(list((workdir / "ckpt").iterdir())) == 3
 
 
 @pytest.mark.slow
-def test_a_second_start_on_the_workdir_leaves_with_73_and_names_the_first(tmp_path):
-    first = start(tmp_path / "w")
-    while not (tmp_path / "w" / ".lock").exists() or not (tmp_path / "w" / ".lock").read_text():
+def test_runs_that_are_stopped_again_and_again_are_the_uninterrupted_one(uninterrupted, tmp_path):
+    """SIGKILL, and SIGTERM to a run whose disk is so slow that it is nearly always saving; side by side."""
+    jobs = {
+        signal.SIGKILL: (),
+        signal.SIGTERM: ("-c", SLOW_DISK),
+    }
+    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
+        ends = {n: pool.submit(run_to_the_end, tmp_path / n.name, n, before=before) for n, before in jobs.items()}
+    for number, end in ends.items():
+        assert end.result() == KILLS, f"the run ended before the last {number.name}"
+        assert_the_same_end(tmp_path / number.name, uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_signal_while_a_grid_is_drawn_is_answered_and_the_grid_drawn_later(uninterrupted, tmp_path):
+    long = ("--config.sample.num_steps=1000", "--config.sample.num_images=256", "--config.sample.batch_size=256")
+    whole = uninterrupted / "samples" / "step_000000000040_ema.png"
+    process = start(tmp_path, *long)
+    while len(rows(tmp_path) if (tmp_path / "metrics.jsonl").exists() else ()) < 40:
+        assert process.poll() is None
         time.sleep(0.05)
-    second = start(tmp_path / "w")
-    _, errors = second.communicate()
-    assert second.returncode == 73 and f"process {first.pid}," in errors and "Traceback" not in errors
-    first.kill()
-    first.wait()
+    time.sleep(2)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 143 and "after step 40 of 600, whose state is saved" in errors, errors
+    assert time.monotonic() - began < 20  # the grid would take minutes
+    assert checkpoints.list_steps(tmp_path / "ckpt")[-1] == 40 and not list((tmp_path / "samples").glob("*_ema.png"))
+    process = start(tmp_path)
+    assert process.communicate() and process.returncode == 0
+    assert (tmp_path / "samples" / whole.name).read_bytes() == whole.read_bytes()
+    assert_the_same_end(tmp_path, uninterrupted)
+
+
+STUCK = """
+import runpy, sys
+import tensorflow as tf
+from ddpm_tf.training.model import DiffusionModel
+step = DiffusionModel.train_step
+def stuck(self, batch):
+    at = self.optimizer.iterations.value
+    wait = tf.cond(at < 20, lambda: 0, lambda: tf.while_loop(lambda i: i < 1, lambda i: [i * 1], [0])[0])
+    with tf.control_dependencies([wait]):
+        return step(self, batch)
+DiffusionModel.train_step = stuck
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_step_that_outlasts_the_grace_period_is_left_without_saving(tmp_path):
+    process = start(tmp_path, "--grace_period_s=2", before=("-c", STUCK))
+    while len(rows(tmp_path) if (tmp_path / "metrics.jsonl").exists() else ()) < 20:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143 and "did not end within --grace_period_s=2; left without saving" in errors, errors
+    assert checkpoints.restore_latest(tmp_path / "ckpt")[0] == 14
+
+
+@pytest.mark.slow
+def test_of_two_starts_on_one_workdir_one_trains_and_the_other_leaves_with_73(tmp_path):
+    processes = [start(tmp_path / "w", "--config.train.num_steps=40") for _ in range(2)]
+    errors = {p: p.communicate()[1] for p in processes}
+    first, second = sorted(processes, key=lambda p: p.returncode)
+    assert (first.returncode, second.returncode) == (0, 73), errors
+    assert f"process {first.pid}," in errors[second] and "Traceback" not in errors[second]
+
+
+@pytest.mark.slow
+def test_sampling_works_while_training_goes_on(tmp_path):
+    process = start(tmp_path / "w", "--config.train.num_steps=100000")
+    while not checkpoints.list_steps(tmp_path / "w" / "ckpt"):
+        assert process.poll() is None
+        time.sleep(0.05)
+    for k in range(3):
+        command = [sys.executable, "run_sample.py", f"--workdir={tmp_path / 'w'}", f"--out={tmp_path / str(k)}"]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0 and (tmp_path / str(k) / "grid.png").exists(), result.stderr
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+    shutil.rmtree(tmp_path / "w")

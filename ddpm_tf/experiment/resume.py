@@ -1,0 +1,146 @@
+"""What a run begins from: its newest checkpoint, another run's weights, or nothing; and whether it is still the same run."""
+
+import json
+import os
+import time
+from typing import NamedTuple
+
+from absl import logging
+
+from ddpm_tf.bundles import assign
+from ddpm_tf.data import manifest
+from ddpm_tf.data.manifest import difference
+from ddpm_tf.errors import InputError
+from ddpm_tf.experiment.workdir import newest
+from ddpm_tf.training import checkpoints
+from ddpm_tf.training.fingerprint import changes
+
+NAN_POLICIES = ("skip", "stop")
+
+
+class StartOptions(NamedTuple):
+    """What holds for one start of a run, and is not part of its config.
+
+    download: let TFDS fetch a data set that is not prepared.
+    grace_period_s: after SIGTERM or SIGINT, seconds in which the step is finished and its state saved.
+    nan_policy: skip (up to train.max_skipped_steps in a row), or stop at the first step that is not finite.
+    init_from: a workdir whose weights and moving average a new run begins with, at step 0; "": none.
+    restart_from_scratch: move what the workdir holds to old-TIME/ in it, and begin at step 0.
+    ema_from_weights: where a checkpoint has no moving average, begin it with the weights.
+    allow_data_change: go on although the data set is not the one the run began with.
+    require_exact: refuse to go on where the result would not be bit-exact.
+    """
+
+    download: bool = False
+    grace_period_s: float = 30.0
+    nan_policy: str = "skip"
+    init_from: str = ""
+    restart_from_scratch: bool = False
+    ema_from_weights: bool = False
+    allow_data_change: bool = False
+    require_exact: bool = False
+
+
+def restore(model, workdir, start, *, fingerprint):
+    """Give the model what the run goes on from; returns the completed steps, 0 for a new run.
+
+    Raises:
+        InputError: tensors that do not fit the network, and what `start` refuses.
+        NoValidCheckpointError: checkpoints of which none verifies.
+        StorageError: no room for a checkpoint.
+    """
+    folder = os.path.join(workdir, "ckpt")
+    variables = checkpoints.variables_by_name(model)
+    checkpoints.sweep(folder)
+    checkpoints.check_space(folder, {name: v.numpy() for name, v in variables.items()})
+    latest = checkpoints.restore_latest(folder, quarantine=True)
+    if latest is None:
+        if start.init_from:
+            return _begin_from(model, workdir, start, fingerprint)
+        return 0
+    step, tensors = latest
+    _check_exact(checkpoints.read_meta(folder, step).get("fingerprint"), fingerprint, step, start)
+    tensors = _with_ema(tensors, start, f"The checkpoint of step {step}")
+    assign(variables, tensors, f"The checkpoint of step {step}")
+    if model.skipped_in_a_row.numpy() >= model.max_skipped_steps:  # the limit was lowered
+        model.skipped_in_a_row.assign(0)
+    if start.init_from:
+        logging.info("--init_from is not used: %s has gone on to step %d since.", workdir, step)
+    logging.info("Going on from step %d of %s.", step, workdir)
+    return step
+
+
+def check_data(source, workdir, start):
+    """Compare the data set with the one the run began with; returns its manifest, for `write_json` to data.json.
+
+    Raises:
+        InputError: another data set, with the counts and the first file that differs.
+    """
+    path, found = os.path.join(workdir, "data.json"), manifest(source)
+    if not os.path.exists(path):
+        return found
+    try:
+        with open(path) as f:
+            changed = difference(json.load(f), found)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{path} cannot be read ({e}). Restore it, or remove it to take the data as they are.") from e
+    if changed is None:
+        return found
+    if not start.allow_data_change:
+        raise InputError(
+            f"The data set is not the one that --workdir={workdir} began with: {changed}. Restore the data, use another "
+            "workdir, or go on with these by --allow_data_change."
+        )
+    logging.warning("Going on with another data set: %s. The run is not bit-exact any more.", changed)
+    return found
+
+
+def move_away(workdir):
+    """Move everything in a workdir but its lock to old-TIME/ in it."""
+    names = [n for n in os.listdir(workdir) if n != ".lock" and not n.startswith("old-")]
+    if not names:
+        return
+    old = os.path.join(workdir, time.strftime("old-%Y%m%d-%H%M%S"))
+    os.mkdir(old)
+    for name in names:
+        os.rename(os.path.join(workdir, name), os.path.join(old, name))
+    for name in ("ckpt", "samples"):
+        os.mkdir(os.path.join(workdir, name))
+    logging.info("What %s held is in %s now.", workdir, old)
+
+
+def _begin_from(model, workdir, start, fingerprint):
+    """Weights and moving average of another run; saved at once, so that every later start goes on from them."""
+    step, tensors = newest(start.init_from)
+    tensors = _with_ema(tensors, start, f"The checkpoint of step {step} of --init_from={start.init_from}")
+    groups = ("network/", "ema/")
+    variables = {n: v for n, v in checkpoints.variables_by_name(model).items() if n.startswith(groups)}
+    assign(variables, {n: t for n, t in tensors.items() if n.startswith(groups)}, f"--init_from={start.init_from}")
+    state = {name: v.numpy() for name, v in checkpoints.variables_by_name(model).items()}
+    meta = {"init_from": {"workdir": os.path.abspath(start.init_from), "step": step}, "fingerprint": fingerprint}
+    checkpoints.save(os.path.join(workdir, "ckpt"), 0, state, meta, keep=1)
+    logging.info("Beginning at step 0 with the weights of step %d of %s.", step, start.init_from)
+    return 0
+
+
+def _with_ema(tensors, start, origin):
+    if any(name.startswith("ema/") for name in tensors):
+        return tensors
+    if not start.ema_from_weights:
+        raise InputError(
+            f"{origin} has no moving average of the weights (ema/*). --ema_from_weights begins it with them."
+        )
+    logging.warning("%s has no moving average; it begins with the weights.", origin)
+    return tensors | {f"ema/{n.removeprefix('network/')}": t for n, t in tensors.items() if n.startswith("network/")}
+
+
+def _check_exact(old, new, step, start):
+    """Say what keeps the run from being bit-exact; an error under --require_exact."""
+    changed = changes(old, new) if old else ["it was not made by training, and holds no fingerprint"]
+    if new is None or not changed:
+        return
+    if start.require_exact:
+        raise InputError(
+            f"--require_exact: going on from step {step} would not be bit-exact any more:\n  " + "\n  ".join(changed)
+        )
+    logging.warning("From step %d on the run is not bit-exact any more: %s.", step, "; ".join(changed))

@@ -1,0 +1,204 @@
+"""What a run goes on from, and what keeps it from going on."""
+
+import json
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from ddpm_tf import builders, experiment
+from ddpm_tf.bundles import assign
+from ddpm_tf.data.manifest import difference, digest
+from ddpm_tf.errors import InputError, NoValidCheckpointError, StorageError, WorkdirError
+from ddpm_tf.experiment import StartOptions, resume, training
+from ddpm_tf.training import checkpoints
+from ddpm_tf.training.fingerprint import changes, fingerprint
+from tests.conftest import rows, state, tiny_config
+
+
+@pytest.fixture
+def copy(workdir, tmp_path):
+    """A copy of the finished run of 4 steps."""
+    shutil.copytree(workdir, tmp_path / "w")
+    return tmp_path / "w"
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.mark.slow
+def test_going_on_from_every_step_of_forty_gives_the_same_end(tmp_path):
+    """With dropout and flips, bit for bit; nothing but the checkpoint and the step number is taken over."""
+    config = tiny_config(40)
+    config.train.checkpoint_every, config.train.keep_checkpoints = 1, 40
+    experiment.train(config, str(tmp_path))
+    folder, expected = tmp_path / "ckpt", state(tmp_path)[1]
+    assert checkpoints.list_steps(folder) == list(range(1, 41))
+    model = builders.build_model(config, tf.distribute.get_strategy())
+    model.make_train_function()
+    source = builders.build_source(config)
+    for k in range(39, 0, -1):
+        shutil.rmtree(checkpoints.step_folder(folder, k + 1))
+        step, tensors = checkpoints.restore_latest(folder)
+        assert step == k
+        for v in checkpoints.variables_by_name(model).values():
+            v.assign(tf.cast(tf.fill(v.shape, 7), v.dtype))  # nothing of the run before may help
+        assign(checkpoints.variables_by_name(model), tensors, "")
+        iterator = iter(builders.build_dataset(config, source, start_step=k))
+        for _ in range(40 - k):
+            model.train_function(iterator)
+        assert_equal({name: v.numpy() for name, v in checkpoints.variables_by_name(model).items()}, expected)
+
+
+def restore(workdir, start=StartOptions(), *, fingerprint=None):  # noqa: B008
+    """What a run of the tiny config would go on from: (step, tensors)."""
+    model = builders.build_model(tiny_config(), tf.distribute.get_strategy())
+    step = resume.restore(model, str(workdir), start, fingerprint=fingerprint)
+    return step, {name: v.numpy() for name, v in checkpoints.variables_by_name(model).items()}
+
+
+def rewrite(workdir, change):
+    """Write the newest checkpoint again with other tensors."""
+    step, tensors = state(workdir)
+    shutil.rmtree(checkpoints.step_folder(workdir / "ckpt", step))
+    checkpoints.save(str(workdir / "ckpt"), step, change(tensors), {}, keep=1)
+
+
+def test_a_checkpoint_without_average_is_refused_unless_asked_for(copy):
+    rewrite(copy, lambda tensors: {n: t for n, t in tensors.items() if not n.startswith("ema/")})
+    with pytest.raises(InputError, match="step 4 has no moving average .* --ema_from_weights"):
+        restore(copy)
+    _, tensors = restore(copy, StartOptions(ema_from_weights=True))
+    for name in tensors:
+        if name.startswith("ema/"):
+            np.testing.assert_array_equal(tensors[name], tensors[name.replace("ema/", "network/", 1)])
+
+
+def test_names_that_do_not_fit_are_told(copy):
+    rewrite(copy, lambda tensors: {n.replace("conv_in", "conv_one"): t for n, t in tensors.items()})
+    with pytest.raises(InputError, match="(?s)checkpoint of step 4 does not fit.*conv_in.*missing.*conv_one.*no such"):
+        restore(copy)
+
+
+@pytest.mark.slow
+def test_a_warm_start_takes_weights_and_average_and_nothing_else(workdir, tmp_path, monkeypatch):
+    trained = state(workdir)[1]
+    monkeypatch.setattr(
+        training.callbacks.Checkpoints, "on_step", lambda *_: None
+    )  # as if killed before the first save
+    experiment.train(tiny_config(1), str(tmp_path / "b"), StartOptions(init_from=str(workdir)))
+    monkeypatch.undo()
+    step, tensors = state(tmp_path / "b")
+    assert step == 0 and tensors["step"] == 0
+    for name in tensors:
+        if name.startswith(("network/", "ema/")):
+            np.testing.assert_array_equal(tensors[name], trained[name], err_msg=name)
+        elif name.startswith("optimizer/"):
+            assert trained[name].any() and not tensors[name].any(), name
+    experiment.train(tiny_config(2), str(tmp_path / "b"))  # without the flag: goes on from what was saved at step 0
+    experiment.train(tiny_config(2), str(tmp_path / "c"), StartOptions(init_from=str(workdir)))
+    assert_equal(state(tmp_path / "b")[1], state(tmp_path / "c")[1])
+    assert rows(tmp_path / "b") == rows(tmp_path / "c")
+    with pytest.raises(InputError, match="--init_from=.* does not exist"):
+        experiment.train(tiny_config(), str(tmp_path / "d"), StartOptions(init_from=str(tmp_path / "none")))
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.slow
+def test_damaged_checkpoints_stop_every_start_until_it_is_asked_to_begin_again(copy):
+    for path in copy.glob("ckpt/step_*/state.index"):
+        path.write_bytes(b"")
+    for _ in range(2):  # also after the folders have been renamed to corrupt-*
+        with pytest.raises(NoValidCheckpointError, match="--restart_from_scratch"):
+            experiment.train(tiny_config(5), str(copy))
+    experiment.train(tiny_config(2), str(copy), StartOptions(restart_from_scratch=True))
+    assert state(copy)[0] == 2 and [row["step"] for row in rows(copy)] == [1, 2]
+    old = next(copy.glob("old-*"))
+    assert len(list(old.glob("ckpt/corrupt-*"))) == 2 and len(rows(old)) == 4
+    assert {p.name for p in copy.iterdir()} >= {"config.json", "data.json", "ckpt", "samples"}
+
+
+def test_what_is_not_bit_exact_any_more_is_told(copy, caplog):
+    stored = checkpoints.read_meta(copy / "ckpt", 4)["fingerprint"]
+    assert stored["tensorflow"] == tf.__version__ and stored["replicas"] == 1 and stored["global_batch"] == 8
+    with caplog.at_level(logging.WARNING):
+        restore(copy, StartOptions(require_exact=True), fingerprint=stored)
+    assert "bit-exact" not in caplog.text
+    other = {**stored, "tensorflow": "2.20.0", "threads": 96}
+    with pytest.raises(InputError, match="(?s)--require_exact.*tensorflow: .* -> 2.20.0.*threads: .* -> 96"):
+        restore(copy, StartOptions(require_exact=True), fingerprint=other)
+    with caplog.at_level(logging.WARNING):
+        assert restore(copy, fingerprint=other)[0] == 4
+    assert "not bit-exact any more: tensorflow" in caplog.text
+
+
+def test_a_fingerprint_is_the_same_on_the_same_machine_and_names_what_differs():
+    def make(**kwargs):
+        settings = {"jit_compile": False, "deterministic": False, "batch_size": 8, "seed": 0, "data": "x"}
+        return fingerprint(tf.distribute.get_strategy(), **settings | kwargs)
+
+    assert make() == make() == json.loads(json.dumps(make()))
+    assert changes(make(), make(jit_compile=True)) == ["xla: False -> True"]
+
+
+def folder_config(folder):
+    config = tiny_config()
+    config.data.source = f"folder:{folder}"
+    return config
+
+
+def test_another_data_set_is_refused_with_counts_and_the_first_file(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (tmp_path / "w").mkdir()
+
+    def found():
+        return resume.check_data(builders.build_source(folder_config(folder)), str(tmp_path / "w"), StartOptions())
+
+    for k in range(9):
+        Image.fromarray(np.full((8, 8), k, np.uint8)).save(folder / f"{k}.png")
+    first = found()
+    (tmp_path / "w" / "data.json").write_text(json.dumps(first))
+    assert found() == first and first["num_examples"] == 9
+    content = (folder / "3.png").read_bytes()
+    Image.fromarray(np.full((8, 8), 99, np.uint8)).save(folder / "3.png")  # other pixels, perhaps as many bytes
+    with pytest.raises(InputError, match="9 images then, 9 now; "):
+        found()
+    (folder / "3.png").write_bytes(content)
+    shutil.copy(folder / "0.png", folder / "05.png")
+    with pytest.raises(InputError, match=r"9 images then, 10 now; file 0 was '0.png' .* is '0.png'|'05.png'"):
+        found()
+    source = builders.build_source(folder_config(folder))
+    changed = resume.check_data(source, str(tmp_path / "w"), StartOptions(allow_data_change=True))
+    assert changed["num_examples"] == 10
+
+
+def test_a_manifest_does_not_depend_on_where_the_data_are_held():
+    held = {"num_examples": 2, "files": [["a", 1], ["b", 2]], "sha256": {"image": "x"}}
+    streamed = {**held, "sha256": {}}
+    assert difference(held, streamed) is None and digest(held) == digest(streamed)
+    assert difference(held, {**held, "sha256": {"image": "y"}}) == "2 images then, 2 now; the contents of image changed"
+    less = {**held, "num_examples": 1, "files": [["a", 1]]}
+    assert difference(held, less) == "2 images then, 1 now; file 1 was 'b' (2 bytes) and is nothing"
+
+
+def test_a_disk_without_room_for_a_checkpoint_stops_the_start(copy, monkeypatch):
+    usage = shutil.disk_usage(copy)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(StorageError, match="has 1,000 bytes free; a checkpoint needs [0-9,]+ with 30 % to spare"):
+        restore(copy)
+    assert checkpoints.list_steps(copy / "ckpt") == [2, 4]
+
+
+def test_a_workdir_that_cannot_be_written_to_is_refused_before_anything_is_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(builders, "build_model", None)
+    monkeypatch.setattr(training.os, "access", lambda path, mode: False)
+    with pytest.raises(WorkdirError, match="cannot be written to: no right to write in"):
+        experiment.train(tiny_config(), str(tmp_path / "a" / "b"))
+    assert not (tmp_path / "a").exists()
