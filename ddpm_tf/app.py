@@ -1,16 +1,14 @@
 """How the absl mains start and end: flags that cannot be used leave with 2 and one message, no traceback."""
 
 import contextlib
-import errno
 import os
-import resource
 import sys
 import tempfile
 
 from absl import app, flags, logging
 
 from ddpm_tf import config as config_lib
-from ddpm_tf.errors import InputError, Interrupted, RunError, StorageError
+from ddpm_tf.errors import InputError, Interrupted, RunError, StorageError, storage_advice
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -58,14 +56,9 @@ def _guarded(main, argv):
     except (RunError, OSError) as e:
         if flags.FLAGS.debug:
             raise
-        _leave(*(_explain_os_error(e) if isinstance(e, OSError) else (str(e), e.exit_code)))
-
-
-def _explain_os_error(error):
-    advice = "Make room, or see to the device, and start the same command again."
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        advice = f"At most {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} may be open; raise it: ulimit -n 4096."
-    return f"{error}. {advice}", StorageError.exit_code
+        if isinstance(e, OSError):
+            e = StorageError(f"{e}. {storage_advice(e)}")
+        _leave(str(e), e.exit_code)
 
 
 def _leave(message, code, prefix="error: "):

@@ -3,6 +3,9 @@
 The message says what was found, what was expected and what to do. The command lines print it without a traceback.
 """
 
+import errno
+import resource
+
 
 class RunError(Exception):
     """What ends a program with `exit_code` and one message."""
@@ -56,6 +59,16 @@ class Interrupted(RunError):
     def __init__(self, message, signal_number):
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def storage_advice(error):
+    """What to do about an error of the file system, as a sentence."""
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "Too many open files" in str(error):
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return (
+            f"At most {limit} files may be open: raise that by ulimit -n 4096, and start again with the same command."
+        )
+    return "Make room or see to the device, and start again with the same command."
 
 
 def unknown_name(kind, name, known):

@@ -15,7 +15,7 @@ from PIL import Image
 from configs import cifar10
 from ddpm_tf import config as config_lib
 from ddpm_tf import experiment
-from ddpm_tf.errors import BadDataError, InputError
+from ddpm_tf.errors import BadDataError, InputError, NumericsError
 from tests.conftest import rows, state, tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -97,6 +97,26 @@ def test_sampling_takes_its_settings_from_the_workdir(workdir, tmp_path):
 def test_raw_weights_and_their_average_differ(workdir):
     raw, ema = (experiment.load_for_inference(str(workdir), ema=ema).network for ema in (False, True))
     assert any(not np.array_equal(a, b) for a, b in zip(raw.get_weights(), ema.get_weights(), strict=True))
+
+
+def test_a_sample_that_is_not_finite_is_told_with_seed_and_timestep(workdir):
+    from ddpm_tf.experiment.sampling import sample_in_batches
+    from ddpm_tf.samplers import make_sampler
+
+    inference = experiment.load_for_inference(str(workdir))
+    sampler = make_sampler("ddim", inference.diffusion, num_steps=4)  # visits 0, 250, 500, 750
+
+    class Damaged:
+        image_shape = inference.network.image_shape
+
+        def __call__(self, inputs, training):
+            late = tf.reshape(inputs["t"] <= 500, [-1, 1, 1, 1])
+            return tf.where(late, float("nan"), 0.0) * inputs["x_t"]
+
+    settings = tiny_config().sample
+    settings.seed = 17
+    with pytest.raises(NumericsError, match="sample of seed 17 is not finite from timestep t = 500 on"):
+        sample_in_batches(Damaged(), sampler, settings)
 
 
 def test_nothing_is_written_over(workdir, tmp_path):

@@ -107,10 +107,18 @@ def sample_in_batches(network, sampler, settings, *, progress=False):
             batch = sample(network, sampler, seeds).images
             if not np.isfinite(batch).all():
                 bad = seeds[~np.isfinite(batch).reshape(count, -1).all(axis=1)]
-                raise NumericsError(f"The sample of seed {bad[0]} is not finite: the weights are damaged.")
+                raise NumericsError(_explain_not_finite(network, sampler, int(bad[0])))
             batches.append(images.to_uint8(batch))
             bar.update(count)
     return np.concatenate(batches)
+
+
+def _explain_not_finite(network, sampler, seed):
+    """Draws the sample once more, step by step, to find the first one at fault."""
+    trace = sample(network, sampler, [seed], trace=1).trace
+    is_bad = ~np.isfinite(trace.x_t[:-1]).reshape(len(trace.index), -1).all(axis=1)
+    t = sampler.diffusion.schedule.timesteps[trace.index[is_bad].max()]
+    return f"The sample of seed {seed} is not finite from timestep t = {t} on: the weights are damaged."
 
 
 def make_picture(batch):

@@ -15,7 +15,7 @@ from absl import logging
 
 from ddpm_tf import __version__
 from ddpm_tf.bundles import read_bundle, write_bundle
-from ddpm_tf.errors import InputError, NoValidCheckpointError, NumericsError, StorageError
+from ddpm_tf.errors import InputError, NoValidCheckpointError, NumericsError, StorageError, storage_advice
 
 FORMAT = 2  # of a checkpoint folder; 1 had no counts of skipped steps
 
@@ -202,10 +202,10 @@ def verify(path):
 
 def _write(temporary, tensors, meta):
     os.makedirs(temporary)
-    write_bundle(os.path.join(temporary, _BUNDLE), tensors)
     variables = {name: f"{array.dtype.name} {list(array.shape)}" for name, array in tensors.items()}
     with open(os.path.join(temporary, _META), "w") as f:
         json.dump({"format": FORMAT, "version": __version__, **meta, "variables": variables}, f, indent=2)
+    write_bundle(os.path.join(temporary, _BUNDLE), tensors)  # second: where no file can be opened, TensorFlow crashes
     paths = {name: os.path.join(temporary, name) for name in sorted(os.listdir(temporary))}
     manifest = {name: {"size": os.path.getsize(p), "sha256": _sha256(p)} for name, p in paths.items()}
     with open(os.path.join(temporary, _MANIFEST), "w") as f:
@@ -253,5 +253,5 @@ def _storage_error(folder, step, tensors, error):
     needed, free = sum(np.asarray(a).nbytes for a in tensors.values()), shutil.disk_usage(os.path.dirname(folder)).free
     return StorageError(
         f"The checkpoint of step {step} cannot be written to {folder}: {error}. It needs {needed:,} bytes; {free:,} are "
-        "free. The checkpoints before it are kept: make room and start again with the same command."
+        f"free. The checkpoints before it are kept. {storage_advice(error)}"
     )

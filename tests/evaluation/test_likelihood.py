@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from ddpm_tf.diffusion.process import GaussianDiffusion
+from ddpm_tf.diffusion.schedules import Schedule, make_betas
 from ddpm_tf.evaluation.likelihood import bits_per_dim
 
 
@@ -34,3 +36,13 @@ def test_an_image_has_the_same_bound_in_any_batch(reference_f):
     whole, part = run(x_0, tf.constant([1, 2, 3, 4])), run(x_0[2:3], tf.constant([3]))
     np.testing.assert_allclose(whole.total[2], part.total[0], rtol=1e-6)
     assert whole.terms.shape == (4, 40) and len(set(whole.total.numpy())) == 4
+
+
+def test_a_bound_that_is_not_finite_names_timestep_and_image():
+    diffusion = GaussianDiffusion(Schedule(make_betas("linear", 10)))
+
+    def damaged(x_t, t):
+        return tf.where(tf.reshape((t == 7) & (tf.range(3) == 1), [-1, 1, 1, 1]), float("nan"), 0.0) + x_t
+
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"(?s)not finite at timestep t =.*7.*images.*1"):
+        bits_per_dim(diffusion, damaged, tf.zeros((3, 4, 4, 1)), tf.range(3, dtype=tf.int64))

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddpm_tf.errors import NoValidCheckpointError, NumericsError, StorageError, WorkdirError
+from ddpm_tf.errors import InputError, NoValidCheckpointError, NumericsError, StorageError, WorkdirError
 from ddpm_tf.experiment.workdir import locked
-from ddpm_tf.training import checkpoints
+from ddpm_tf.training import callbacks, checkpoints
 
+CORRUPTIONS = int(os.environ.get("CRASH_CORRUPTIONS", "100"))
 TENSORS = {"network/a": np.arange(6, dtype=np.float32).reshape(2, 3), "step": np.array(7)}
 
 
@@ -71,13 +72,45 @@ def corrupt(path, rng):
 def test_random_corruptions_are_detected_and_the_one_before_is_used(tmp_path):
     rng = np.random.Generator(np.random.PCG64(0))
     save(tmp_path / "good", 1, 2)
-    for k in range(100):
+    for k in range(CORRUPTIONS):
         folder = tmp_path / str(k)
         shutil.copytree(tmp_path / "good", folder)
         done = corrupt(folder / "step_000000000002", rng)
         step, tensors = checkpoints.restore_latest(folder)
         assert step == 1 and tensors["step"] == 1, done
         shutil.rmtree(folder)
+
+
+def test_checkpoints_of_multiples_are_kept_for_good(tmp_path):
+    for step in range(1, 10):
+        checkpoints.save(str(tmp_path), step, TENSORS, {}, keep=2, keep_every=4)
+    assert checkpoints.list_steps(tmp_path) == [4, 8, 9]
+
+
+@pytest.mark.parametrize(("format", "message"), [(99, r"by ddpm_tf x in .* format 99.* Upgrade"), (1, "format 1, by")])
+def test_another_format_is_refused_and_left_where_it_is(tmp_path, monkeypatch, format, message):
+    save(tmp_path, 1)
+    monkeypatch.setattr(checkpoints, "FORMAT", format)
+    save(tmp_path, 2)
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=message):
+        checkpoints.restore_latest(tmp_path, quarantine=True)
+    assert names(tmp_path) == ["step_000000000001", "step_000000000002"]
+
+
+def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
+    now, saved = [0.0], []
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
+    callback = callbacks.Checkpoints(
+        0, folder=str(tmp_path), every=0, minutes=2, num_steps=10**9, keep=3, keep_every=0, meta={}
+    )
+    monkeypatch.setattr(callbacks.checkpoints, "variables_by_name", lambda model: {})
+    monkeypatch.setattr(callbacks.checkpoints, "save", lambda folder, step, *args, **kwargs: saved.append(step))
+    for step in range(1, 12):  # half a minute each
+        now[0] += 30
+        callback.on_step(step, None)
+    callback.wait()
+    assert saved == [4, 8]
 
 
 def test_a_damaged_manifest_that_still_parses_is_no_manifest(tmp_path):

@@ -169,6 +169,7 @@ def test_the_moving_average_starts_as_a_copy_and_is_not_trained():
         ({"grad_clip_mode": "local"}, "Unknown grad_clip_mode 'local'"),
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"grad_clip": -1.0}, "grad_clip"),
+        ({"max_skipped_steps": 0}, "max_skipped_steps"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(kwargs, message):
@@ -187,6 +188,8 @@ def test_batches_of_another_dtype_size_or_range_are_refused():
             model._checked(batch)
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"within \[-1, 1\]"):
         model._checked({"image": tf.fill((2, 8, 8, 1), 255.0)})
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"within \[-1, 1\]"):
+        model._checked({"image": tf.fill((2, 8, 8, 1), float("nan"))})
 
 
 def test_the_two_keras_methods_that_are_replaced_still_exist():
