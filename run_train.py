@@ -4,9 +4,9 @@
 
 Every field of the config can be overridden: --config.data.batch_size=64. Started again on the same workdir, training
 goes on from the newest checkpoint that verifies.
-Leaves with 0, with 2 for anything wrong before it starts, 70 when numbers are no longer finite, 73 when the workdir cannot
-be written to or is in use, 74 when a checkpoint cannot be written, 76 when no checkpoint verifies, and 143 or 130 after
-SIGTERM or SIGINT, its state saved.
+Leaves with 0, with 2 for anything wrong before it starts, 65 for data that break in the middle of the run, 70 when numbers are
+no longer finite, 73 when the workdir cannot be written to or is in use, 74 when the disk is full or fails, 76 when no
+checkpoint verifies, and 143 or 130 after SIGTERM or SIGINT, its state saved. More: docs/training.md.
 """
 
 from absl import flags
