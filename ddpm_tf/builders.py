@@ -42,8 +42,8 @@ def build_diffusion(config):
     return GaussianDiffusion(Schedule(betas), prediction=d.prediction, variance=d.variance, clip=config.sample.clip)
 
 
-def build_network(config, diffusion):
-    """The network, with the output channels that the diffusion's variance needs."""
+def build_network(config, diffusion, *, precision="float32"):
+    """The network, with the output channels that the diffusion's variance needs; its weights are always float32."""
     n = config.network
     if n.name not in NETWORKS:
         raise unknown_name("network.name", n.name, NETWORKS)
@@ -52,6 +52,7 @@ def build_network(config, diffusion):
         shape, out_channels=shape[-1] * (2 if diffusion.has_learned_variance else 1),
         block_size=n.block_size, ch=n.ch, ch_mult=n.ch_mult, num_res_blocks=n.num_res_blocks,
         attn_resolutions=n.attn_resolutions, dropout=n.dropout, resamp_with_conv=n.resamp_with_conv, seed=config.seed,
+        dtype="float32" if precision == "float32" else f"mixed_{precision}",
     )  # fmt: skip
 
 
@@ -72,21 +73,22 @@ def uses_xla(config):
 def build_model(config, strategy, *, max_skipped_steps=None):
     """The trainer, compiled, with all variables made under `strategy`; max_skipped_steps: None: the config's."""
     replicas = strategy.num_replicas_in_sync
-    if config.data.batch_size % replicas:
-        below = config.data.batch_size // replicas * replicas
-        nearest = [str(b) for b in (below, below + replicas) if b]
+    t, parts = config.train, replicas * config.train.micro_batches
+    if config.data.batch_size % parts:
+        below = config.data.batch_size // parts * parts
+        nearest = [str(b) for b in (below, below + parts) if b]
+        micro = f" times train.micro_batches={t.micro_batches}" if t.micro_batches > 1 else ""
         raise InputError(
-            f"data.batch_size={config.data.batch_size} is not divisible by the {replicas} replicas; use "
+            f"data.batch_size={config.data.batch_size} is not divisible by the {replicas} replicas{micro}; use "
             f"{' or '.join(nearest)}."
         )
-    t = config.train
     diffusion = build_diffusion(config)
     with strategy.scope():
         model = DiffusionModel(
-            build_network(config, diffusion), diffusion, seed=config.seed, loss=t.loss, loss_weight=t.loss_weight,
-            ema_decay=t.ema_decay,
+            build_network(config, diffusion, precision=t.precision), diffusion, seed=config.seed,
+            loss=t.loss, loss_weight=t.loss_weight, ema_decay=t.ema_decay,
             grad_clip=t.grad_clip, grad_clip_mode=t.grad_clip_mode,
-            max_skipped_steps=max_skipped_steps or t.max_skipped_steps,
+            max_skipped_steps=max_skipped_steps or t.max_skipped_steps, micro_batches=t.micro_batches,
         )  # fmt: skip
         model.compile(build_optimizer(config), jit_compile=uses_xla(config), steps_per_execution=t.steps_per_execution)
     return model

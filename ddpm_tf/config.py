@@ -58,6 +58,9 @@ FIELDS = (
     Field("train.grad_clip", 1.0, _FIXED, "Largest global norm of the gradient; 0: no clipping."),
     Field("train.grad_clip_mode", "global", _FIXED, "global, or per_replica (the original's rule)."),
     Field("train.jit_compile", "auto", _FIXED, "XLA for loss and gradient: on, off, or auto (on with a GPU)."),
+    Field("train.precision", "float32", _FREE, "Of training's forward and backward pass: float32, bfloat16 or float16."),
+    Field("train.tf32", False, _FREE, "Let a GPU train with TF32, 10 bits of mantissa, where it is faster."),
+    Field("train.micro_batches", 1, _FREE, "Parts of a batch whose gradients are added one after the other; saves memory."),
     Field("train.deterministic", False, _FREE, "TensorFlow's op determinism: bit-exact resume also on a GPU; slower there."),
     Field("train.max_skipped_steps", 20, _FREE, "Training stops after this many steps in a row that are not finite."),
     Field("train.steps_per_execution", 1, _FREE, "Steps per call of the compiled function; divides the intervals."),
@@ -77,10 +80,11 @@ FIELDS = (
     Field("sample.seed", 0, _FREE, "Seed of the first image; image k has seed + k."),
 )  # fmt: skip
 
+PRECISIONS = ("float32", "bfloat16", "float16")
 _POSITIVE = (
     "data.image_size", "data.batch_size", "diffusion.num_timesteps", "network.ch", "network.num_res_blocks",
     "network.block_size",
-    "train.num_steps", "train.keep_checkpoints", "train.max_skipped_steps", "train.steps_per_execution",
+    "train.num_steps", "train.keep_checkpoints", "train.max_skipped_steps", "train.micro_batches", "train.steps_per_execution",
     "sample.num_images", "sample.batch_size",
 )  # fmt: skip
 _NOT_NEGATIVE = (
@@ -122,6 +126,8 @@ def validate(config):
         problems.append(f"data.channels must be 1 or 3, found {config.data.channels}")
     if config.train.jit_compile not in ("auto", "on", "off"):
         problems.append(f"train.jit_compile must be auto, on or off, found {config.train.jit_compile!r}")
+    if config.train.precision not in PRECISIONS:
+        problems.append(f"train.precision must be one of {PRECISIONS}, found {config.train.precision!r}")
     for path in ("seed", "sample.seed"):
         if not -(2**63) <= get(config, path) < 2**63:
             problems.append(f"{path} must fit in 64 bits, found {get(config, path)}")

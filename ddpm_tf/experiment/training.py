@@ -20,9 +20,12 @@ from ddpm_tf.experiment.sampling import make_picture, sample_in_batches
 from ddpm_tf.experiment.workdir import check_workdir, check_writable, locked, read_config, write_json
 from ddpm_tf.training import callbacks, checkpoints
 from ddpm_tf.training.distribution import configure_devices, make_strategy
+from ddpm_tf.training.ema import make_ema_network
 from ddpm_tf.training.fingerprint import fingerprint as make_fingerprint
 from ddpm_tf.training.signals import StopOnSignal
 from ddpm_tf.training.skipped import SkippedSteps
+
+_COMPARED = 1024  # images of the data whose brightness is set beside the samples'
 
 
 def describe(config):
@@ -70,7 +73,7 @@ def train(config, workdir, start=StartOptions()):  # noqa: B008 - immutable
     config_lib.validate(config)
     if start.nan_policy not in NAN_POLICIES:
         raise unknown_name("--nan_policy", start.nan_policy, NAN_POLICIES)
-    configure_devices(deterministic=config.train.deterministic)
+    configure_devices(deterministic=config.train.deterministic, tf32=config.train.tf32)
     check_writable(workdir)
     check_workdir(config, workdir, fresh=start.restart_from_scratch)
     if start.init_from:
@@ -91,7 +94,9 @@ def _finish(config, workdir, step, start):
         model = builders.build_model(config, strategy)
         with locked(workdir):
             restore(model, workdir, start, fingerprint=None)
-            _make_draw(config, model, workdir, callbacks.Summaries(os.path.join(workdir, "tensorboard")))(step)
+            source = builders.build_source(config, download=start.download)
+            summaries = callbacks.Summaries(os.path.join(workdir, "tensorboard"))
+            _make_draw(config, model, source, workdir, summaries)(step)
 
 
 def _run(config, workdir, start):
@@ -155,6 +160,7 @@ def _run(config, workdir, start):
 def _fingerprint(config, strategy, data):
     return make_fingerprint(
         strategy, jit_compile=builders.uses_xla(config), deterministic=config.train.deterministic,
+        precision=config.train.precision, tf32=config.train.tf32, micro_batches=config.train.micro_batches,
         batch_size=config.data.batch_size, seed=config.seed, data=digest(data),
     )  # fmt: skip
 
@@ -168,15 +174,30 @@ def _grid_path(workdir, step, name):
     return os.path.join(workdir, "samples", f"step_{step:012d}_{name}.png")
 
 
-def _make_draw(config, model, workdir, summaries):
-    """draw(step): a grid from the moving average and one from the weights, from the same seeds."""
+def _make_draw(config, model, source, workdir, summaries):
+    """draw(step): a grid from the moving average and one from the weights, from the same seeds, and how bright they are."""
     sampler = builders.build_sampler(config, model.diffusion)
+    in_float32 = model.network.compute_dtype == "float32"
+    raw = model.network if in_float32 else make_ema_network(model.network)
+    count = min(source.num_examples, _COMPARED)
+    data = source.read(tf.range(count, dtype=tf.int64))["image"].numpy()
 
     def draw(step):
-        for name, network in (("raw", model.network), ("ema", model.ema_network)):
-            grid = make_picture(sample_in_batches(network, sampler, config.sample))
+        tf.config.experimental.enable_tensor_float_32_execution(False)
+        if raw is not model.network:
+            raw.set_weights(model.network.get_weights())
+        for name, network in (("raw", raw), ("ema", model.ema_network)):
+            samples = sample_in_batches(network, sampler, config.sample)
+            grid = make_picture(samples)
             images.save_png(_grid_path(workdir, step, name), grid)
             summaries.image(f"samples_{name}", grid, step)
+            summaries.scalar(f"pixel_mean_{name}", samples.mean(), step)
+            summaries.scalar(f"pixel_deviation_{name}", samples.std(), step)
+            logging.info(
+                "step %d  pixels of the samples (%s): mean %.1f, deviation %.1f; of %d images of the data: %.1f, %.1f",
+                step, name, samples.mean(), samples.std(), count, data.mean(), data.std(),
+            )  # fmt: skip
+        tf.config.experimental.enable_tensor_float_32_execution(config.train.tf32)
 
     return draw
 
@@ -219,7 +240,7 @@ def _make_callbacks(config, model, source, workdir, start_step, start, fingerpri
             start_step,
             every=t.sample_every,
             num_steps=t.num_steps,
-            draw=_make_draw(config, model, workdir, summaries),
+            draw=_make_draw(config, model, source, workdir, summaries),
             is_drawn=lambda step: os.path.exists(_grid_path(workdir, step, "ema")),
             stop=stop,
         ),

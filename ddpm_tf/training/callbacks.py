@@ -102,7 +102,8 @@ class Metrics(StepCallback):
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         for name in logs:
-            self.summaries.scalar(name, logs[name], step)
+            if math.isfinite(logs[name]):
+                self.summaries.scalar(name, logs[name], step)
         self.summaries.scalar("images_per_s", rate, step)
         self.last_step, self.last_time = step, now
 

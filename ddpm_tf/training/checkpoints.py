@@ -25,10 +25,11 @@ _ATTEMPTS = 3
 
 
 def variables_by_name(model):
-    """{name: variable} of everything a run needs to go on: network, EMA, the optimizer's slots, the step, and the counts
-    of skipped steps.
+    """{name: variable} of everything a run needs to go on: network, EMA, the optimizer's slots, the step, the counts of
+    skipped steps, and the loss scale.
 
-    Names: network/PATH, ema/PATH, optimizer/SLOT/PATH (momentum and velocity are Adam's m and v), step, skipped/NAME.
+    Names: network/PATH, ema/PATH, optimizer/SLOT/PATH (momentum and velocity are Adam's m and v), step, skipped/NAME,
+    loss_scale/NAME.
     """
     named = {f"network/{v.path}": v for v in model.network.variables}
     named |= {f"ema/{v.path}": v for v in model.ema_network.variables}
@@ -42,6 +43,8 @@ def variables_by_name(model):
         "skipped/total": model.skipped_total,
         "skipped/in_a_row": model.skipped_in_a_row,
         "skipped/steps": model.skipped_steps,
+        "loss_scale/scale": model.loss_scale.scale,
+        "loss_scale/finite_steps": model.loss_scale.finite_steps,
     }
     return {**named, "step": model.optimizer.iterations}
 

@@ -4,8 +4,11 @@ import tensorflow as tf
 
 
 def make_ema_network(network):
-    """A non-trainable twin of `network` with the same weights."""
-    twin = type(network).from_config(network.get_config())
+    """A non-trainable twin of `network` with the same weights, in float32 whatever the network computes in."""
+    config = network.get_config()
+    if "dtype" in config:
+        config["dtype"] = "float32"
+    twin = type(network).from_config(config)
     twin.trainable = False
     twin.set_weights(network.get_weights())
     return twin

@@ -9,7 +9,7 @@ import tensorflow as tf
 from ddpm_tf import __version__
 
 
-def fingerprint(strategy, *, jit_compile, deterministic, batch_size, seed, data):
+def fingerprint(strategy, *, jit_compile, deterministic, precision, tf32, micro_batches, batch_size, seed, data):
     """{field: value} of software, devices and settings, as JSON can hold it.
 
     Args:
@@ -31,7 +31,9 @@ def fingerprint(strategy, *, jit_compile, deterministic, batch_size, seed, data)
         "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "default"),
         "xla": jit_compile,
         "deterministic": deterministic,
-        "precision": "float32",
+        "precision": precision,
+        "tf32": tf32,
+        "micro_batches": micro_batches,
         "global_batch": batch_size,
         "seed": seed,
         "data": data,

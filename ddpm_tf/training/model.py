@@ -6,10 +6,15 @@ import tensorflow as tf
 from ddpm_tf import rng
 from ddpm_tf.diffusion.losses import make_loss
 from ddpm_tf.errors import InputError, unknown_name
+from ddpm_tf.training import diagnostics
 from ddpm_tf.training.ema import make_ema_network, update_ema
+from ddpm_tf.training.loss_scale import LossScale
 
 GRAD_CLIP_MODES = ("global", "per_replica")
-LOGS = ("loss", "grad_norm", "learning_rate", "skipped")  # skipped: steps so far
+LOGS = (
+    "loss", "grad_norm", "grad_norm_clipped", "learning_rate", "weight_norm", "ema_age", "loss_scale", "skipped",
+    *diagnostics.QUARTER_LOGS,
+)  # fmt: skip
 _REMEMBERED = 32  # the last skipped steps whose numbers are kept
 
 
@@ -35,7 +40,8 @@ class DiffusionModel(keras.Model):
             replicas) or per_replica (the original's: each of N replicas clips the gradient of its loss / N at
             grad_clip / N, and the clipped gradients are summed).
         max_skipped_steps: after this many steps in a row with a loss or gradient that is not finite, no step changes
-            anything any more. At least 1.
+            anything any more. At least 1. Overflows that a smaller loss scale can cure do not count (float16).
+        micro_batches: the gradient of a batch is the mean of that many parts', one after the other; saves memory.
 
     `skipped_total`, `skipped_in_a_row` and `skipped_steps` (the numbers of the last ones, -1 before) count such steps.
 
@@ -59,20 +65,22 @@ class DiffusionModel(keras.Model):
         grad_clip=1.0,
         grad_clip_mode="global",
         max_skipped_steps=20,
+        micro_batches=1,
     ):
         super().__init__(name="diffusion_model")
         self._per_example_loss = make_loss(loss, diffusion, weight=loss_weight)
         if grad_clip_mode not in GRAD_CLIP_MODES:
             raise unknown_name("grad_clip_mode", grad_clip_mode, GRAD_CLIP_MODES)
-        if not 0 <= ema_decay < 1 or grad_clip < 0 or max_skipped_steps < 1:
+        if not 0 <= ema_decay < 1 or grad_clip < 0 or max_skipped_steps < 1 or micro_batches < 1:
             raise InputError(
-                "ema_decay must be within [0, 1), grad_clip at least 0 and max_skipped_steps at least 1, found "
-                f"{ema_decay}, {grad_clip} and {max_skipped_steps}."
+                "ema_decay must be within [0, 1), grad_clip at least 0, max_skipped_steps and micro_batches at least 1, "
+                f"found {ema_decay}, {grad_clip}, {max_skipped_steps} and {micro_batches}."
             )
         self.network, self.ema_network = network, make_ema_network(network)
         self.diffusion, self.seed, self.ema_decay = diffusion, seed, ema_decay
         self.grad_clip, self.grad_clip_mode = grad_clip, grad_clip_mode
-        self.max_skipped_steps = max_skipped_steps
+        self.max_skipped_steps, self.micro_batches = max_skipped_steps, micro_batches
+        self.loss_scale = LossScale(network.compute_dtype == "float16")
         self.skipped_total, self.skipped_in_a_row = _counter(0), _counter(0)
         self.skipped_steps = _counter([-1] * _REMEMBERED)
         self.built = True
@@ -94,9 +102,15 @@ class DiffusionModel(keras.Model):
         so it is the same on every replica.
         """
         strategy, step = self.distribute_strategy, tf.identity(self.optimizer.iterations.value)
-        learning_rate = tf.identity(self.optimizer.learning_rate)
-        loss, norm, gradients = strategy.run(self._gradient_step, (batch,))
-        loss, norm = (strategy.experimental_local_results(v)[0] for v in (loss, norm))
+        logs = {
+            "learning_rate": tf.identity(self.optimizer.learning_rate),
+            "weight_norm": diagnostics.weight_rms(self.network.trainable_variables),
+            "ema_age": diagnostics.ema_age(step, self.ema_decay),
+            "loss_scale": self.loss_scale.factor(),
+        }
+        reduced, gradients = strategy.run(self._gradient_step, (batch,))
+        loss, norm, clipped, sums = (strategy.experimental_local_results(v)[0] for v in reduced)
+        logs |= {"loss": loss, "grad_norm": norm, "grad_norm_clipped": clipped, **diagnostics.quarter_logs(sums)}
         is_finite = tf.math.is_finite(loss) & tf.math.is_finite(norm)
 
         def update():
@@ -109,14 +123,21 @@ class DiffusionModel(keras.Model):
 
         # Once the limit is reached nothing changes any more, however many steps one call makes.
         skipped = tf.cond(is_finite & (self.skipped_in_a_row < self.max_skipped_steps), update, skip)
-        total = self.skipped_total.assign_add(skipped)
-        self.skipped_in_a_row.assign((self.skipped_in_a_row + skipped) * skipped)
+        logs["skipped"] = tf.cast(self._count(skipped, step), tf.float32)
+        self.loss_scale.update(is_finite)
+        return {name: logs[name] for name in LOGS}
+
+    def _count(self, skipped, step):
+        """Keep the counts of skipped steps (`skipped`: 0 or 1); returns the total."""
+        counts = skipped * tf.cast(self.loss_scale.is_lowest(), tf.int64)
+        self.skipped_in_a_row.assign((self.skipped_in_a_row + counts) * skipped)
         moved = tf.concat([self.skipped_steps[1:], [tf.cast(step, tf.int64)]], axis=0)
         self.skipped_steps.assign(tf.where(skipped > 0, moved, self.skipped_steps))
-        return dict(zip(LOGS, (loss, norm, learning_rate, tf.cast(total, tf.float32)), strict=True))
+        return self.skipped_total.assign_add(skipped)
 
     def _gradient_step(self, batch):
-        """(loss, norm before clipping, gradients) of the global batch, the same on every replica."""
+        """((loss, norm before and after clipping, sums by quarter), gradients) of the global batch; the same on every
+        replica."""
         context = tf.distribute.get_replica_context()
         replicas = context.num_replicas_in_sync
         images, labels = self._checked(batch)
@@ -124,15 +145,35 @@ class DiffusionModel(keras.Model):
         index = context.replica_id_in_sync_group * size + tf.range(size)
 
         # Gradient of the mean over the global batch
-        scale = tf.constant(1 / replicas, tf.float32)
-        loss, gradients = self._loss_and_gradient(images, labels, index, self.optimizer.iterations.value, scale)
+        loss, sums, gradients = self._accumulated(images, labels, index, self.loss_scale.factor() / replicas)
+        gradients = self.loss_scale.unscaled(gradients)
         if self.grad_clip_mode == "per_replica":
             gradients, _ = self._clip(gradients, self.grad_clip / replicas)
-        loss, *gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, [loss * scale, *gradients])
-        norm = tf.linalg.global_norm(gradients)
+        loss, sums, *gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, [loss / replicas, sums, *gradients])
+        norm = clipped = tf.linalg.global_norm(gradients)
         if self.grad_clip_mode == "global":
             gradients, norm = self._clip(gradients, self.grad_clip)
-        return loss, norm, gradients
+            clipped = tf.minimum(norm, self.grad_clip) if self.grad_clip else norm
+        return (loss, norm, clipped, sums), gradients
+
+    def _accumulated(self, images, labels, index, scale):
+        """`_loss_and_gradient` of this replica's examples, in `micro_batches` parts."""
+        parts, step = self.micro_batches, self.optimizer.iterations.value
+        if parts == 1:
+            return self._loss_and_gradient(images, labels, index, step, scale)
+        split = [tf.reshape(v, [parts, -1, *v.shape[1:]]) for v in (images, index)]
+        labels = None if labels is None else tf.reshape(labels, [parts, -1])
+
+        def body(k, loss, sums, *gradients):
+            part = (split[0][k], None if labels is None else labels[k], split[1][k])
+            more_loss, more_sums, more = self._loss_and_gradient(*part, step, scale / parts)
+            gradients = (g + m for g, m in zip(gradients, more, strict=True))
+            return k + 1, loss + more_loss / parts, sums + more_sums, *gradients
+
+        zeros = [tf.zeros(v.shape) for v in self.network.trainable_variables]
+        begin = (0, tf.constant(0.0), tf.zeros([3, diagnostics.QUARTERS]), *zeros)
+        _, loss, sums, *gradients = tf.while_loop(lambda k, *_: k < parts, body, begin, parallel_iterations=1)
+        return loss, sums, gradients
 
     def _update(self, gradients):
         """Weights, moments and average from the global batch's gradients, which the optimizer sums over replicas again."""
@@ -153,7 +194,7 @@ class DiffusionModel(keras.Model):
         return t, eps, tf.bitcast(words, tf.int32)
 
     def _loss_and_gradient_eager(self, images, labels, index, step, scale):
-        """The mean loss of these images, and the gradient of `scale` times it."""
+        """(the mean loss of these images, sums by quarter of the timesteps, the gradient of `scale` times the loss)."""
         t, eps, dropout_seed = self.draws(index, step)
         x_t = self.diffusion.q_sample(images, t, eps)
         inputs = {"x_t": x_t, "t": t}
@@ -164,7 +205,9 @@ class DiffusionModel(keras.Model):
             losses = self._per_example_loss(self.diffusion, output, x_0=images, x_t=x_t, t=t, eps=eps)  # [B]
             loss = tf.reduce_mean(losses)
             scaled = loss * scale
-        return loss, tape.gradient(scaled, [v.value for v in self.network.trainable_variables])
+        gradients = tape.gradient(scaled, [v.value for v in self.network.trainable_variables])
+        sums = diagnostics.quarter_sums(self.diffusion, output, losses, x_0=images, x_t=x_t, t=t)
+        return loss, sums, [tf.convert_to_tensor(g) for g in gradients]  # of an embedding: IndexedSlices
 
     def _clip(self, gradients, limit):
         norm = tf.linalg.global_norm(gradients)

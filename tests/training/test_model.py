@@ -93,7 +93,7 @@ def test_two_replicas_draw_the_same_and_have_the_same_first_gradients():
             index = context.replica_id_in_sync_group * size + tf.range(size)
             draws = model.draws(index, tf.constant(0))
             scale = 1 / context.num_replicas_in_sync
-            _, gradients = model._loss_and_gradient(batch["image"], None, index, tf.constant(0), tf.constant(scale))
+            _, _, gradients = model._loss_and_gradient(batch["image"], None, index, tf.constant(0), tf.constant(scale))
             return draws, context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
 
         batch = next(iter(strategy.experimental_distribute_dataset(dataset)))
@@ -128,7 +128,7 @@ def test_per_replica_clipping_is_the_originals_rule():
         for replica in range(2):
             index = tf.range(4) + 4 * replica
             part = tf.gather(batch["image"], index)
-            _, gradient = model._loss_and_gradient(part, None, index, tf.constant(0), tf.constant(0.5))
+            _, _, gradient = model._loss_and_gradient(part, None, index, tf.constant(0), tf.constant(0.5))
             gradient = [g.numpy().astype(np.float64) for g in gradient]
             norm = np.sqrt(sum((g**2).sum() for g in gradient))
             parts.append([g * min(1, clip / 2 / norm) for g in gradient])

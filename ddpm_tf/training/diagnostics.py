@@ -1,0 +1,39 @@
+"""What is logged beside loss and gradient norm; each is a function of the step alone, not of a running mean."""
+
+import tensorflow as tf
+
+from ddpm_tf.diffusion import losses
+
+QUARTERS = 4
+QUARTER_LOGS = tuple(f"{name}_q{k + 1}" for name in ("loss", "bound") for k in range(QUARTERS))
+
+
+def quarter_sums(diffusion, output, per_example_loss, *, x_0, x_t, t):
+    """Sums over a batch by quarter of the timesteps (q1: the cleanest images).
+
+    Returns:
+        float32 [3, 4]: of the loss, of the bound's term (bits/dim, x_0 clipped), and the number of examples.
+    """
+    bound = losses.vb_terms_bpd(diffusion, tf.stop_gradient(output), x_0=x_0, x_t=x_t, t=t, clip=True)
+    quarter = tf.one_hot(t * QUARTERS // diffusion.num_timesteps, QUARTERS)  # [B, 4]
+    return tf.stack([per_example_loss, bound, tf.ones_like(bound)]) @ quarter
+
+
+def quarter_logs(sums):
+    """{loss_q1..4, bound_q1..4: mean}; NaN where no example of the step fell into the quarter."""
+    return dict(zip(QUARTER_LOGS, tf.unstack(tf.reshape(sums[:2] / sums[2], [-1])), strict=True))
+
+
+def weight_rms(variables):
+    """The root mean square of all weights, as in the original."""
+    squares = tf.add_n([tf.reduce_sum(tf.square(v.value)) for v in variables])
+    return tf.sqrt(squares / sum(v.shape.num_elements() for v in variables))
+
+
+def ema_age(step, decay):
+    """The mean age, in steps, of the weights that the moving average holds after `step` steps.
+
+    sum_k (1 - d) d^k k over the steps, the initial weights included with weight d^step.
+    """
+    step = tf.cast(step, tf.float32)
+    return decay * (1.0 - tf.pow(decay, step)) / (1.0 - decay)
