@@ -1,7 +1,7 @@
 """What saving costs: step time with a checkpoint at the default interval and without, in interleaved blocks of steps.
 
-python benchmarks/saving.py digits        (300 steps a block, the config's interval)
-python benchmarks/saving.py cifar10       (a few steps a block at batch 4; the cost of a save is spread over 5,000 steps)
+python -m benchmarks.saving digits        (30 steps a block; the cost of a save is spread over the config's 300 steps)
+python -m benchmarks.saving cifar10       (one step a block at batch 4; spread over 5,000 steps)
 """
 
 import importlib
@@ -19,8 +19,8 @@ from ddpm_tf.data.sources import ArraySource
 from ddpm_tf.training import checkpoints
 from ddpm_tf.training.callbacks import Checkpoints
 
-PAIRS = 5
-SETTINGS = {"digits": (128, 300), "cifar10": (4, 6)}  # batch size, steps of a block
+PAIRS = 15
+SETTINGS = {"digits": (128, 30), "cifar10": (4, 1)}  # batch size, steps of a block
 
 
 def main(name):
