@@ -5,7 +5,6 @@ import functools
 import io
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -29,6 +28,7 @@ from ddpm_tf.serving.transports import ServerError, TensorInfo
 from tests.serving.c_api import CSession
 from tests.serving.conftest import MAX_BATCH, grey_levels
 from tests.serving.stand_in import StandIn, read_batching
+from tests.serving.test_server_files import free_port, uncommented
 
 ROOT = Path(__file__).parent.parent.parent
 SEEDS = [7, 0, -1, 2**63 - 1, -(2**63), 12345, 3]
@@ -52,7 +52,7 @@ def models(saved_models, tmp_path_factory):
     (folder / "digits" / ".tmp-3").mkdir()  # as an export that was killed leaves it
     write_server_files(str(folder), "digits", max_batch=MAX_BATCH)
     config = folder / "models.config"
-    config.write_text(re.sub(r"# (model_version_policy|version_labels)", r"\1", config.read_text()))
+    config.write_text(uncommented(config.read_text()))
     return folder
 
 
@@ -95,12 +95,6 @@ def address_of(stand_in):
 
 def connect(server, transport, **kwargs):
     return Client(getattr(server, transport), kwargs.pop("model", "digits"), transport=transport, **kwargs)
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @contextlib.contextmanager
