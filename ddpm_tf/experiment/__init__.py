@@ -1,12 +1,14 @@
-"""The jobs behind the command lines: train, sample from a workdir, and convert weights into and out of one."""
+"""The jobs behind the command lines: train, sample from a workdir, export it, and convert weights into and out of one."""
 
 from ddpm_tf.experiment.conversion import export_weights, import_diffusers, import_tf1
+from ddpm_tf.experiment.exporting import export
 from ddpm_tf.experiment.sampling import Inference, load_for_inference, sample_images
 from ddpm_tf.experiment.training import describe, train
 
 __all__ = [
     "Inference",
     "describe",
+    "export",
     "export_weights",
     "import_diffusers",
     "import_tf1",

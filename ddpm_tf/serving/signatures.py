@@ -8,6 +8,7 @@ import tensorflow as tf
 from ddpm_tf import images
 from ddpm_tf.errors import InputError
 from ddpm_tf.evaluation.likelihood import bits_per_dim
+from ddpm_tf.samplers.base import Sampler
 from ddpm_tf.samplers.denoisers import network_denoiser
 from ddpm_tf.samplers.loop import initial_noise, run_loop, step_noise
 
@@ -28,38 +29,71 @@ class Signature(NamedTuple):
 
 
 def make_signatures(network, sampler, bound, *, max_batch):
-    """{name: tf.function} of everything that the sampler can be asked.
+    """What a model server can be asked: {name: tf.function}, every one behind its checks.
+
+    Without `sample_from_noise` where the sampler draws noise after x_T, and without `denoise_step` where it carries a
+    state from step to step. None is compiled by XLA, which model servers switch off.
 
     Args:
         network: an unconditional network as `UNet`.
         sampler: from `make_sampler`.
-        bound: the GaussianDiffusion whose bound `bits_per_dim` is; a chain as `GaussianDiffusion.respace` makes it.
+        bound: the GaussianDiffusion, as `respace` makes it, whose variational bound is `bits_per_dim`: that of the
+            model which draws an image in the bound's steps alone.
         max_batch: the most images of one request.
-
-    Returns:
-        {name: tf.function of the checked signature}, none of them compiled by XLA. Without `sample_from_noise` where
-        the sampler draws noise after x_T, without `denoise_step` where it carries a state from step to step.
 
     Raises:
         InputError: a class-conditional network.
     """
-    if getattr(network, "num_classes", None) is not None:
-        raise InputError("A class-conditional network cannot be exported yet: its signatures need labels.")
+    _refuse_labels(network)
     limits = Limits(tuple(network.image_shape), max_batch, sampler.num_steps)
     table = _table(network, sampler, bound, limits.image_shape)
     return {name: _checked(signature, limits) for name, signature in table.items()}
 
 
-def _table(network, sampler, bound, image_shape):
+def make_portable(network, sampler):
+    """What runtimes without our random numbers can be asked: {name: tf.function}, unchecked.
+
+    denoise: x_t, t (trained timesteps, int32) -> output, the network's; sample_from_noise: noise -> images, float32
+    within [-1, 1], only where the sampler draws nothing after x_T.
+
+    Raises:
+        InputError: a class-conditional network.
+    """
+    _refuse_labels(network)
+    x_t, noise = _image(network, "x_t"), _image(network, "noise")
+    t, chain = tf.TensorSpec([None], tf.int32, "t"), _make_chain(network, sampler)
+    bodies = {"denoise": ((x_t, t), lambda x_t, t: {"output": network({"x_t": x_t, "t": t}, training=False)})}
+    if not sampler.needs_noise:
+        bodies["sample_from_noise"] = (noise,), lambda noise: {"images": chain(noise, _no_seeds(noise))}
+    return {name: tf.function(body, input_signature=specs, autograph=False) for name, (specs, body) in bodies.items()}
+
+
+def _refuse_labels(network):
+    if getattr(network, "num_classes", None) is not None:
+        raise InputError("A class-conditional network cannot be exported yet: its signatures need labels.")
+
+
+def _image(network, name, dtype=tf.float32):
+    return tf.TensorSpec([None, *network.image_shape], dtype, name)
+
+
+def _make_chain(network, sampler):
+    """(x_T [N, H, W, C], seeds [N]) -> x, after all steps."""
     denoise_fn = network_denoiser(network, sampler)
+    return lambda x_T, seeds: run_loop(sampler, denoise_fn, x_T, seeds, sampler.init_state(x_T))[0]
+
+
+def _no_seeds(noise):
+    return tf.zeros(tf.shape(noise)[:1], tf.int64)
+
+
+def _table(network, sampler, bound, image_shape):
+    """{name: Signature}. A condition of class-conditional models joins as one more spec of every signature."""
+    denoise_fn, bound_fn = network_denoiser(network, sampler), network_denoiser(network, Sampler(bound))
     seed, step = tf.TensorSpec([None], tf.int64, "seed"), tf.TensorSpec([None], tf.int32, "step")
-
-    def image(name, dtype=tf.float32):
-        return tf.TensorSpec([None, *image_shape], dtype, name)
-
-    @tf.function(input_signature=[image("x_T"), seed], autograph=False)
-    def chain(x_T, seed):  # traced once for all that sample
-        return run_loop(sampler, denoise_fn, x_T, seed, sampler.init_state(x_T))[0]
+    # A function of its own, so that it is traced and written once for all signatures that sample.
+    specs = _image(network, "x_T"), seed
+    chain = tf.function(_make_chain(network, sampler), input_signature=specs, autograph=False)
 
     def sample(seed):
         return {"images": _to_uint8(chain(initial_noise(seed, image_shape), seed))}
@@ -68,7 +102,7 @@ def _table(network, sampler, bound, image_shape):
         return {"image_bytes": tf.io.encode_png(sample(seed)["images"])}
 
     def sample_from_noise(noise):
-        x = chain(noise, tf.zeros(tf.shape(noise)[:1], tf.int64))
+        x = chain(noise, _no_seeds(noise))
         return {"images": _to_uint8(_finite(x, "The images are not finite: the noise is too large."))}
 
     def x_T(seed):
@@ -77,23 +111,23 @@ def _table(network, sampler, bound, image_shape):
     def denoise_step(x_t, step, seed):
         noise = step_noise(seed, step, image_shape) if sampler.needs_noise else None
         out = sampler.step(denoise_fn, x_t, step, noise, ())
-        return {"x_prev": _finite(out.x, "x_prev is not finite: x_t is too large."), "x_0": out.x_0}
+        x_prev, x_0 = (_finite(x, "The step's result is not finite: x_t is too large.") for x in (out.x, out.x_0))
+        return {"x_prev": x_prev, "x_0": x_0}
 
-    def total_bpd(images_, seed):
-        x_0 = images.from_uint8(tf.cast(images_, tf.float32))
+    def total_bpd(grey, seed):
+        x_0 = images.from_uint8(tf.cast(grey, tf.float32))
         return {"total_bpd": bits_per_dim(bound, bound_fn, x_0, seed).total}
 
-    bound_fn = network_denoiser(network, type(sampler)(bound))
     table = {
         "sample": Signature((seed,), sample),
         "sample_png": Signature((seed,), sample_png),
         "initial_noise": Signature((seed,), x_T),
-        "bits_per_dim": Signature((image("images", tf.uint8), seed), total_bpd),
+        "bits_per_dim": Signature((_image(network, "images", tf.uint8), seed), total_bpd),
     }
     if not sampler.needs_noise:
-        table["sample_from_noise"] = Signature((image("noise"),), sample_from_noise)
+        table["sample_from_noise"] = Signature((_image(network, "noise"),), sample_from_noise)
     if not tf.nest.flatten(sampler.init_state(tf.zeros([1, *image_shape]))):
-        table["denoise_step"] = Signature((image("x_t"), step, seed), denoise_step)
+        table["denoise_step"] = Signature((_image(network, "x_t"), step, seed), denoise_step)
     return table
 
 

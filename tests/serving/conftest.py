@@ -1,4 +1,9 @@
-"""A workdir with drawn weights, and its export; both are not to be written to."""
+"""A workdir with drawn weights and its exports, none of which is to be written to."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,27 +16,25 @@ from ddpm_tf.samplers import make_sampler
 from ddpm_tf.serving.export import save_model
 from ddpm_tf.training import checkpoints
 from tests.conftest import drawn_weight, tf1_name
+from tests.serving.c_api import CSession
 
+ROOT = Path(__file__).parent.parent.parent
 MAX_BATCH = 16
-
-
-def make_workdir(path, **sample):
-    """A workdir of 8x8 digits whose moving average is drawn, so that images depend on every weight."""
-    config = digits.get_config()
-    config.diffusion.num_timesteps = 100
-    config.sample.num_steps = 4
-    config.sample.update(sample)
-    model = builders.build_model(config, tf.distribute.get_strategy())
-    for v in model.ema_network.variables:
-        v.assign(drawn_weight(tf1_name(v.path), v.shape, 5))
-    write_workdir(str(path), config, {k: v.numpy() for k, v in checkpoints.variables_by_name(model).items()})
-    return path
+SAMPLERS = {"ddim": ("ddim", 0.0), "ddpm": ("ddpm", 0.0), "noisy_ddim": ("ddim", 0.5)}
 
 
 @pytest.fixture(scope="session")
 def workdir(tmp_path_factory):
-    """DDIM, 4 steps of 100."""
-    return make_workdir(tmp_path_factory.mktemp("serving") / "workdir")
+    """Of 8x8 digits, DDIM by 4 steps of 100; the moving average is drawn, so that images depend on every weight."""
+    config = digits.get_config()
+    config.diffusion.num_timesteps = 100
+    config.sample.num_steps = 4
+    model = builders.build_model(config, tf.distribute.get_strategy())
+    for v in model.ema_network.variables:
+        v.assign(drawn_weight(tf1_name(v.path), v.shape, 5))
+    path = tmp_path_factory.mktemp("serving") / "workdir"
+    write_workdir(str(path), config, {k: v.numpy() for k, v in checkpoints.variables_by_name(model).items()})
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -41,21 +44,34 @@ def inference(workdir):
 
 @pytest.fixture(scope="session")
 def samplers(inference):
-    """By name, of 4 steps: ddim is a function of x_T, ddpm and noisy_ddim are not."""
-    settings = {"ddim": {}, "ddpm": {}, "noisy_ddim": {"eta": 0.5}}
+    """By name, of 4 steps: ddim is a function of x_T, the others are not."""
     return {
-        name: make_sampler(name.removeprefix("noisy_"), inference.diffusion, num_steps=4, **kwargs)
-        for name, kwargs in settings.items()
+        name: make_sampler(kind, inference.diffusion, num_steps=4, eta=eta) for name, (kind, eta) in SAMPLERS.items()
     }
 
 
 @pytest.fixture(scope="session")
-def saved_models(inference, samplers, tmp_path_factory):
-    """{sampler's name: folder of its SavedModel}"""
-    folder = tmp_path_factory.mktemp("saved_models")
-    for name, sampler in samplers.items():
-        save_model(str(folder / name), inference.network, sampler, sampler.diffusion, max_batch=MAX_BATCH)
-    return {name: str(folder / name) for name in samplers}
+def exported(workdir, tmp_path_factory):
+    """models/digits with version 1, as run_export.py writes it: DDIM, 4 steps."""
+    out = tmp_path_factory.mktemp("models") / "digits"
+    experiment.export(str(workdir), str(out), max_batch=MAX_BATCH, bpd_steps=3)
+    return out
+
+
+@pytest.fixture(scope="session", params=SAMPLERS)
+def served(request, inference, samplers, tmp_path_factory):
+    """(sampler, CSession of its SavedModel), for every sampler."""
+    sampler, folder = samplers[request.param], str(tmp_path_factory.mktemp("saved_model"))
+    save_model(folder, inference.network, sampler, sampler.diffusion, max_batch=MAX_BATCH)
+    return sampler, CSession(folder)
+
+
+def run_python(*args, cwd, **env):
+    """Run Python in a process of its own; what it printed."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"TF_CPP_MIN_LOG_LEVEL": "2", **env}
+    result = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def grey_levels(a, b):
