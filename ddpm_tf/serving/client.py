@@ -87,7 +87,9 @@ class Client:
     def denoise(self, seeds, *, num_steps):
         """The same images step by step: yields a `Step` for each of the S = num_steps steps; the last x is the image.
 
-        One request per step, so that a caller can show progress, or stop. At most max_batch seeds; the image in [-1, 1].
+        One request per step, so that a caller can show progress, or stop. At most max_batch seeds; the image is in [-1, 1].
+        num_steps must be the model's own S, which a model server cannot be asked for: `sampler.num_steps` in the version's
+        model_card.json. The server refuses a larger one; with a smaller one the images are not the sampler's.
         """
         seeds = _as_seeds(seeds)
         if len(seeds) > self._max_batch:
@@ -175,8 +177,7 @@ def _cast(name, value, dtype):
 
 def save_pngs(folder, seeds, images):
     """seed_NNNNNN.png for each image of uint8 [N, H, W, C], and grid.png of the first 256, into a new or empty folder."""
-    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
-        raise InputError(f"--out={folder} exists and is not an empty folder; nothing is written over. Choose another.")
+    _check_new(folder)
     try:
         os.makedirs(folder, exist_ok=True)
         for seed, image in zip(seeds, images, strict=True):
@@ -185,6 +186,11 @@ def save_pngs(folder, seeds, images):
         images_lib.save_png(os.path.join(folder, "grid.png"), grid)
     except OSError as e:
         raise InputError(f"--out={folder} cannot be written: {e}. Choose another.") from e
+
+
+def _check_new(folder):
+    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+        raise InputError(f"--out={folder} exists and is not an empty folder; nothing is written over. Choose another.")
 
 
 def _parser():
@@ -205,7 +211,11 @@ def _parser():
     add("--out", help="a new or empty folder for the PNGs")
     add("--deadline_s", type=float, default=60.0, help="seconds that one request may take")
     add("--attempts", type=int, default=6, help="how often to ask a server that is not available")
-    add("--progress_steps", type=int, help="the model's S: draw step by step, and show it")
+    add(
+        "--progress_steps",
+        type=int,
+        help="draw step by step, and show it; exactly the model's S (sampler.num_steps in its model_card.json)",
+    )
     add("--status", action="store_true", help="only print the model's versions and signatures")
     return parser
 
@@ -228,6 +238,8 @@ def main(argv=None):
     except RunError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -242,6 +254,7 @@ def _print_status(client):
 def _draw(client, args):
     if args.num_images < 1:
         raise InputError(f"--num_images must be at least 1, found {args.num_images}.")
+    _check_new(args.out)
     seeds = range(args.seed, args.seed + args.num_images)
     if args.progress_steps is None:
         images = client.sample(seeds)

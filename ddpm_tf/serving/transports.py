@@ -5,6 +5,7 @@ with arrays, or raises `ServerError` with the canonical code that both protocols
 """
 
 import base64
+import functools
 import importlib
 import json
 import time
@@ -24,7 +25,7 @@ _ADVICE = {
     "UNAVAILABLE": "Is it running, and does this port speak the protocol asked for (usually 8501 REST, 8500 gRPC)?",
     "DEADLINE_EXCEEDED": "Ask for fewer images at once, or raise the client's deadline and the server's and proxy's timeouts.",
     "NOT_FOUND": "Check the model's name, version and label against the server's model config.",
-    "INVALID_ARGUMENT": "Correct the request; the inputs are in metadata().",
+    "INVALID_ARGUMENT": "Correct the request: metadata() lists the inputs, max_batch is how many images are asked for at once.",
     "FAILED_PRECONDITION": "Correct the request; the inputs are in metadata().",
     "RESOURCE_EXHAUSTED": "Ask for fewer images at once, or give the server more memory.",
 }
@@ -39,7 +40,8 @@ class ServerError(RunError):
 
     def __init__(self, code, address, said):
         advice = _ADVICE.get(code, "")
-        super().__init__(f"The server at {address} answered {code}: {said.strip() or 'nothing'} {advice}".rstrip())
+        said = " ".join(str(said).split()) or "nothing"  # on one line
+        super().__init__(f"The server at {address} answered {code}: {said} {advice}".rstrip())
         self.code = code
         self.exit_code = 2 if code in _CALLERS_FAULT else 69
 
@@ -86,17 +88,20 @@ class RESTTransport:
         columns = {name: value.tolist() for name, value in inputs.items()}
         # NaN is no JSON, but the server reads it, and answers by the model's own check.
         body = json.dumps({"signature_name": signature, "inputs": columns})
-        outputs = self._call("POST", ":predict", timeout, body)["outputs"]
+        outputs = self._call("POST", ":predict", timeout, "outputs", body=body)
         if not isinstance(outputs, dict):  # the server drops the name of an only output
             outputs = {output_names[0]: outputs}
         return {name: _undo_base64(value) for name, value in outputs.items()}
 
     def status(self, timeout):
-        rows = self._call("GET", "", timeout)["model_version_status"]
-        return [VersionStatus(int(r["version"]), r["state"], r["status"].get("error_message", "")) for r in rows]
+        rows = self._call("GET", "", timeout, "model_version_status")
+        errors = (row.get("status", {}).get("error_message", "") for row in rows)
+        return [
+            VersionStatus(int(row["version"]), row["state"], error) for row, error in zip(rows, errors, strict=True)
+        ]
 
     def metadata(self, timeout):
-        signatures = self._call("GET", "/metadata", timeout)["metadata"]["signature_def"]["signature_def"]
+        signatures = self._call("GET", "/metadata", timeout, "metadata", "signature_def", "signature_def")
         return {
             name: Signature(*(_tensor_infos(s.get(side, {})) for side in ("inputs", "outputs")))
             for name, s in signatures.items()
@@ -106,11 +111,12 @@ class RESTTransport:
     def close(self):
         self._session.close()
 
-    def _call(self, method, resource, timeout, body=None):
+    def _call(self, method, resource, timeout, *keys, body=None):
+        """What stands under the keys in the JSON of the answer."""
         end = time.monotonic() + timeout
         try:
             with self._session.request(
-                method, self._url + resource, data=body, timeout=timeout, stream=True,
+                method, self._url + resource, data=body, timeout=timeout, stream=True, allow_redirects=False,
                 headers={"Content-Type": "application/json"},
             ) as response:  # fmt: skip
                 content = b""
@@ -127,21 +133,17 @@ class RESTTransport:
             ) from e
         except (self._requests.RequestException, self._urllib3.HTTPError) as e:
             raise ServerError("UNAVAILABLE", self.address, f"no connection ({_root(e)}).") from None
-        return self._parse(response.status_code, content)
+        return self._parse(response.status_code, content, keys)
 
-    def _parse(self, http_status, content):
+    def _parse(self, http_status, content, keys):
         try:
             answer = json.loads(content)
-        except ValueError:
-            answer = None
-        if http_status == 200 and isinstance(answer, dict):
-            return answer
-        said = answer.get("error") if isinstance(answer, dict) else None
-        if http_status == 200:
-            raise ServerError(
-                "UNKNOWN", self.address, f"no JSON object but {content[:200]!r}; is it TensorFlow Serving?"
-            )
-        said = said or f"HTTP {http_status}, {content[:200].decode(errors='replace')}"
+            if http_status == 200:
+                return functools.reduce(lambda value, key: value[key], keys, answer)
+            said = answer["error"]
+        except (ValueError, KeyError, TypeError):
+            excerpt = content[:200].decode(errors="replace")
+            said = f"HTTP {http_status}, {excerpt!r}, which is nothing that TensorFlow Serving says."
         raise ServerError(_HTTP_CODES.get(http_status, "UNKNOWN"), self.address, said)
 
 

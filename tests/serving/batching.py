@@ -6,10 +6,11 @@ import threading
 import time
 
 import numpy as np
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format, wrappers_pb2
 
-from tests.serving.c_api import CError
+from tests.serving.c_api import INVALID_ARGUMENT, CError
 
-INVALID_ARGUMENT, UNAVAILABLE = 3, 14
+UNAVAILABLE = 14
 
 
 class Batcher:
@@ -85,3 +86,24 @@ class Batcher:
         except Exception as e:  # every request of a run gets its error, as on the real server
             for task in batch:
                 task[3].set_exception(e)
+
+
+def read_batching(text):
+    """The BatchingParameters of a batching.config.
+
+    tensorflow-serving-api does not hold this message, so it is described here, with the names and numbers that
+    TensorFlow Serving documents in session_bundle_config.proto.
+    """
+    file = descriptor_pb2.FileDescriptorProto(name="batching.proto", package="stand_in", syntax="proto3")
+    file.dependency.append(wrappers_pb2.DESCRIPTOR.name)
+    message = file.message_type.add(name="BatchingParameters")
+    names = ("max_batch_size", "batch_timeout_micros", "max_enqueued_batches", "num_batch_threads")
+    for number, name in enumerate(names, start=1):
+        message.field.add(name=name, number=number, type=11, label=1, type_name=".google.protobuf.Int64Value")
+    message.field.add(name="allowed_batch_sizes", number=6, type=3, label=3)
+    message.field.add(name="pad_variable_length_inputs", number=7, type=8, label=1)
+    pool = descriptor_pool.DescriptorPool()
+    pool.AddSerializedFile(wrappers_pb2.DESCRIPTOR.serialized_pb)
+    pool.Add(file)
+    kind = message_factory.GetMessageClass(pool.FindMessageTypeByName("stand_in.BatchingParameters"))
+    return text_format.Parse(text, kind())

@@ -12,14 +12,12 @@ import argparse
 import concurrent.futures
 import http.server
 import os
-import re
 import threading
 import time
-import urllib.parse
 
 import grpc
 import tensorflow as tf
-from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory, text_format, wrappers_pb2
+from google.protobuf import text_format
 from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow_serving.apis import (
     get_model_metadata_pb2,
@@ -30,15 +28,12 @@ from tensorflow_serving.apis import (
 )
 from tensorflow_serving.config import model_server_config_pb2
 
-from tests.serving import stand_in_json
-from tests.serving.batching import Batcher
-from tests.serving.c_api import CError, CSession
+from tests.serving.batching import Batcher, read_batching
+from tests.serving.c_api import INVALID_ARGUMENT, CError, CSession
+from tests.serving.stand_in_rest import RESTHandler
 
-INVALID_ARGUMENT, DEADLINE_EXCEEDED, NOT_FOUND, FAILED_PRECONDITION, UNAVAILABLE = 3, 4, 5, 9, 14
+DEADLINE_EXCEEDED, NOT_FOUND, FAILED_PRECONDITION, UNAVAILABLE = 4, 5, 9, 14
 _GRPC_CODES = {code.value[0]: code for code in grpc.StatusCode}
-_HTTP_STATUS = {3: 400, 4: 504, 5: 404, 7: 403, 8: 429, 9: 400, 11: 400, 12: 501, 14: 503}
-_PREDICT = re.compile(r"/v1/models/([^/:]+)(?:/versions/(\d+)|/labels/([^/:]+))?:predict")
-_ABOUT = re.compile(r"/v1/models/([^/:]+)(?:/versions/(\d+)|/labels/([^/:]+))?(/metadata)?")
 
 
 class Servable:
@@ -84,7 +79,7 @@ class StandIn:
         prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(_Predictions(self), self._grpc)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(_Models(self), self._grpc)
         self.port = self._grpc.add_insecure_port(f"127.0.0.1:{port}")
-        handler = type("Handler", (_RESTHandler,), {"core": self})
+        handler = type("Handler", (RESTHandler,), {"core": self})
         self._http = http.server.ThreadingHTTPServer(("127.0.0.1", rest_api_port), handler)
         self.rest_api_port = self._http.server_port
 
@@ -171,55 +166,6 @@ def _wanted(model, base):
     return found if kind == "all" else found[-max(policy.latest.num_versions, 1) :]
 
 
-class _RESTHandler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def do_GET(self):
-        self._answer(_ABOUT, self._about)
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self._answer(_PREDICT, lambda *which: self._predict(body, *which))
-
-    def log_message(self, *_):
-        pass
-
-    def _answer(self, pattern, function):
-        try:
-            match = pattern.fullmatch(self.path)
-            if match is None:
-                raise CError(INVALID_ARGUMENT, f"Malformed request: {self.command} {self.path}")
-            model, version, label, *rest = (part and urllib.parse.unquote(part) for part in match.groups())
-            status, text = 200, function(model, version and int(version), label, *rest)
-        except CError as e:
-            status, text = _HTTP_STATUS.get(e.code, 500), stand_in_json.json.dumps({"error": str(e)})
-        except stand_in_json.RequestError as e:
-            status, text = 400, stand_in_json.json.dumps({"error": str(e)})
-        content = text.encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def _about(self, model, version, label, metadata):
-        if not metadata:
-            return _to_json(self.core.status(model, version, label))
-        answer, signatures = self.core.metadata(model, version, label)
-        spec = _to_json(answer.model_spec)
-        return f'{{"model_spec": {spec}, "metadata": {{"signature_def": {_to_json(signatures)}}}}}'
-
-    def _predict(self, text, model, version, label):
-        self.core.count()
-        _, servable = self.core.find(model, version, label)
-        body, signature = stand_in_json.parse(text)
-        if signature not in servable.inputs:
-            servable.run(signature, {}, INVALID_ARGUMENT)
-        is_row, inputs = stand_in_json.decode(body, servable.inputs[signature])
-        return stand_in_json.encode(is_row, self.core.timed(servable.run, signature, inputs))
-
-
 class _Predictions(prediction_service_pb2_grpc.PredictionServiceServicer):
     def __init__(self, core):
         self._core = core
@@ -268,33 +214,6 @@ class _Aborting:
 
 def _which(spec):
     return spec.name, spec.version.value if spec.HasField("version") else None, spec.version_label
-
-
-def _to_json(message):
-    return json_format.MessageToJson(
-        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
-
-
-def read_batching(text):
-    """The BatchingParameters of a batching.config.
-
-    tensorflow-serving-api does not hold this message, so it is described here, with the names and numbers that
-    TensorFlow Serving documents in session_bundle_config.proto.
-    """
-    file = descriptor_pb2.FileDescriptorProto(name="batching.proto", package="stand_in", syntax="proto3")
-    file.dependency.append(wrappers_pb2.DESCRIPTOR.name)
-    message = file.message_type.add(name="BatchingParameters")
-    names = ("max_batch_size", "batch_timeout_micros", "max_enqueued_batches", "num_batch_threads")
-    for number, name in enumerate(names, start=1):
-        message.field.add(name=name, number=number, type=11, label=1, type_name=".google.protobuf.Int64Value")
-    message.field.add(name="allowed_batch_sizes", number=6, type=3, label=3)
-    message.field.add(name="pad_variable_length_inputs", number=7, type=8, label=1)
-    pool = descriptor_pool.DescriptorPool()
-    pool.AddSerializedFile(wrappers_pb2.DESCRIPTOR.serialized_pb)
-    pool.Add(file)
-    kind = message_factory.GetMessageClass(pool.FindMessageTypeByName("stand_in.BatchingParameters"))
-    return text_format.Parse(text, kind())
 
 
 def main():

@@ -85,18 +85,21 @@ def test_an_answer_that_trickles_ends_at_the_deadline():
         assert e.value.code == "DEADLINE_EXCEEDED" and time.monotonic() - start < 2
 
 
-def test_a_server_that_is_something_else(transport):
+@pytest.mark.parametrize("status", [200, 301, 500])
+@pytest.mark.parametrize("body", [b"<html>welcome</html>", b"[]", b'{"a": 1}', b"", b'{"error": 3}'])
+def test_a_server_that_is_something_else(transport, status, body):
     class Other(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(200)
+            self.send_response(status)
+            self.send_header("Location", "/elsewhere")
             self.end_headers()
-            self.wfile.write(b"<html>welcome</html>")
+            self.wfile.write(body)
 
         def log_message(self, *_):
             pass
 
     with http.server.HTTPServer(("127.0.0.1", 0), Other) as other:
-        threading.Thread(target=other.serve_forever, daemon=True).start()
+        threading.Thread(target=other.serve_forever, args=(0.02,), daemon=True).start()
         address = f"127.0.0.1:{other.server_port}"
         with Client(address, "digits", transport=transport, attempts=1, deadline_s=5) as client:
             with pytest.raises(ServerError, match=address):

@@ -19,15 +19,16 @@ from PIL import Image
 pytest.importorskip("requests", reason="needs ddpm_tf[serving]: requests")
 pytest.importorskip("tensorflow_serving.apis", reason="needs ddpm_tf[serving]: tensorflow-serving-api")
 
+from ddpm_tf import experiment
 from ddpm_tf import samplers as samplers_lib
 from ddpm_tf.errors import InputError
 from ddpm_tf.images import to_uint8
 from ddpm_tf.serving.client import Client
-from ddpm_tf.serving.server_files import write_server_files
 from ddpm_tf.serving.transports import ServerError, TensorInfo
+from tests.serving.batching import read_batching
 from tests.serving.c_api import CSession
 from tests.serving.conftest import MAX_BATCH, grey_levels
-from tests.serving.stand_in import StandIn, read_batching
+from tests.serving.stand_in import StandIn
 from tests.serving.test_server_files import free_port, uncommented
 
 ROOT = Path(__file__).parent.parent.parent
@@ -44,13 +45,12 @@ class Server(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def models(saved_models, tmp_path_factory):
+def models(exported, workdir, tmp_path_factory):
     """digits/1 is DDIM, digits/2 ancestral; models.config has its example of two labels switched on."""
-    folder = tmp_path_factory.mktemp("models")
-    for version, name in ((1, "ddim"), (2, "ddpm")):
-        shutil.copytree(saved_models[name], folder / "digits" / str(version))
+    folder = tmp_path_factory.mktemp("served") / "models"
+    shutil.copytree(exported.parent, folder)
+    experiment.export(str(workdir), str(folder / "digits"), sampler="ddpm", max_batch=MAX_BATCH, bpd_steps=3)
     (folder / "digits" / ".tmp-3").mkdir()  # as an export that was killed leaves it
-    write_server_files(str(folder), "digits", max_batch=MAX_BATCH)
     config = folder / "models.config"
     config.write_text(uncommented(config.read_text()))
     return folder
@@ -342,13 +342,13 @@ def test_json_that_is_no_request(server, body):
     assert answer.json()["error"]
 
 
-def test_a_new_version_is_served_and_rolled_back(saved_models, tmp_path):
-    shutil.copytree(saved_models["ddim"], tmp_path / "digits" / "1")
-    write_server_files(str(tmp_path), "digits", max_batch=MAX_BATCH)
-    config = tmp_path / "models.config"
-    with start(tmp_path) as stand_in, connect(address_of(stand_in), "grpc") as client:
+def test_a_new_version_is_served_and_rolled_back(exported, tmp_path):
+    models = tmp_path / "models"
+    shutil.copytree(exported.parent, models)
+    config = models / "models.config"
+    with start(models) as stand_in, connect(address_of(stand_in), "grpc") as client:
         assert [v.version for v in client.status()] == [1]
-        shutil.copytree(saved_models["ddpm"], tmp_path / "digits" / "2")
+        shutil.copytree(models / "digits" / "1", models / "digits" / "2")
         stand_in.refresh()
         assert [v.version for v in client.status()] == [2]
         config.write_text(re.sub(r"# (model_version_policy.*) versions: 2", r"\1", config.read_text()))
@@ -403,7 +403,7 @@ def test_the_command_line_draws_pngs(server, transport, extra, tmp_path):
         expected = client.sample([40, 41, 42])
     found = np.stack([np.asarray(Image.open(out / f"seed_{s:06d}.png")) for s in (40, 41, 42)])
     assert grey_levels(found[..., None], expected) <= 1
-    again = run_cli(f"--address={server.rest}", "--model=digits", f"--out={out}")
+    again = run_cli("--address=127.0.0.1:1", "--model=digits", f"--out={out}")  # before anybody is asked
     assert again.returncode == 2 and "not an empty folder" in again.stderr
 
 

@@ -49,8 +49,7 @@ def test_models_config_is_a_model_server_config(folder):
 
 
 def test_batching_config_keeps_within_the_models_bound(folder):
-    pytest.importorskip("tensorflow_serving.apis", reason="needs ddpm_tf[serving]: tensorflow-serving-api")
-    from tests.serving.stand_in import read_batching
+    from tests.serving.batching import read_batching
 
     parameters = read_batching((folder / "batching.config").read_text())
     assert parameters.max_batch_size.value == 12
@@ -167,7 +166,7 @@ def test_the_proxy_lets_the_model_through_and_nothing_else(folder):
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Upstream) as upstream:
-        threading.Thread(target=upstream.serve_forever, daemon=True).start()
+        threading.Thread(target=upstream.serve_forever, args=(0.02,), daemon=True).start()
         with proxy(folder, f"127.0.0.1:{upstream.server_port}") as url:
             model = f"{url}/v1/models/digits-8.v1"
             for path in ("", "/metadata", "/versions/2", "/labels/stable/metadata"):
@@ -185,16 +184,16 @@ def test_the_proxy_lets_the_model_through_and_nothing_else(folder):
 
 @needs_nginx
 @pytest.mark.slow
-def test_the_client_through_the_proxy(saved_models, tmp_path):
+def test_the_client_through_the_proxy(exported, tmp_path):
     pytest.importorskip("requests", reason="needs ddpm_tf[serving]: requests")
     pytest.importorskip("tensorflow_serving.apis", reason="needs ddpm_tf[serving]: tensorflow-serving-api")
     from ddpm_tf.serving.client import Client
     from ddpm_tf.serving.transports import ServerError
     from tests.serving.stand_in import StandIn
 
-    shutil.copytree(saved_models["ddim"], tmp_path / "digits" / "1")
-    write_server_files(str(tmp_path), "digits", max_batch=16)
-    with StandIn(tmp_path) as stand_in, proxy(tmp_path, f"127.0.0.1:{stand_in.rest_api_port}") as url:
+    models = tmp_path / "models"
+    shutil.copytree(exported.parent, models)
+    with StandIn(models) as stand_in, proxy(models, f"127.0.0.1:{stand_in.rest_api_port}") as url:
         with Client(url, "digits", max_batch=1) as client:
             assert (
                 len(client.sample(range(40))) == 40
@@ -203,7 +202,7 @@ def test_the_client_through_the_proxy(saved_models, tmp_path):
             with pytest.raises(ServerError, match="413") as e:
                 client.predict("bits_per_dim", {"images": images, "seed": [0]})
             assert e.value.code == "INVALID_ARGUMENT"
-    with proxy(tmp_path, f"127.0.0.1:{free_port()}") as url, Client(url, "digits", attempts=2) as client:
+    with proxy(models, f"127.0.0.1:{free_port()}") as url, Client(url, "digits", attempts=2) as client:
         with pytest.raises(ServerError, match="502") as e:
             client.status()
         assert e.value.code == "UNAVAILABLE"
