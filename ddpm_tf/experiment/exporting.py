@@ -12,7 +12,7 @@ from ddpm_tf.errors import InputError, unknown_name
 from ddpm_tf.experiment.sampling import load_sampler
 from ddpm_tf.serving import model_card, portable, warmup
 from ddpm_tf.serving.export import save_model
-from ddpm_tf.serving.server_files import write_server_files
+from ddpm_tf.serving.server_files import check_name, write_server_files
 from ddpm_tf.serving.versions import choose_version, list_versions, new_version
 
 SAVED_MODEL = "saved_model"
@@ -48,6 +48,7 @@ def export(
         raise unknown_name("format", format, (SAVED_MODEL, *portable.FORMATS))
     if not 1 <= max_batch <= 4096:
         raise InputError(f"--max_batch must be within 1..4096, found {max_batch}.")
+    check_name(os.path.basename(out))
     version = choose_version(out, version)
     _check_format(out, format)
     inference, sampler = load_sampler(workdir, ema=ema, **overrides)

@@ -30,8 +30,9 @@ model_config_list {
 """
 
 _BATCHING_CONFIG = """\
-# Server-side batching (--enable_batching): concurrent requests are run together. One request with a bad value makes all
-# that it was merged with fail; clients ask again, or the server is started without batching.
+# Server-side batching (--enable_batching): concurrent requests are run together. A request with a bad value makes all that
+# it was merged with fail. `sample` and `sample_png` have no bad values; noise and x_t that are not finite are, and steps
+# out of range. Do not enable batching where strangers may send those.
 # The bound that the model was exported with; a larger batch would be refused by the model.
 max_batch_size { value: %(max_batch)d }
 # How long the first request of a batch waits for others. A run takes much longer than this.
@@ -122,6 +123,10 @@ http {
     limit_req zone=requests burst=20 nodelay;
     limit_conn connections 16;
 
+    # The model server unpacks compressed bodies, and 1 MiB can unpack to much more.
+    if ($http_content_encoding) {
+      return 415;
+    }
     location ~ ^/v1/models/%(pattern)s(/versions/[0-9]+|/labels/[A-Za-z0-9_]+)?(:predict|/metadata)?$ {
       limit_except GET POST {
         deny all;
@@ -142,6 +147,14 @@ http {
 """
 
 
+def check_name(name):
+    """Raise InputError for a model's name that cannot stand in an address and in the server's files."""
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            f"The model's name must be letters, digits, '_', '.' and '-', not first '.' or '-'; found {name!r}."
+        )
+
+
 def write_server_files(folder, name, *, max_batch):
     """Write models.config, batching.config, docker-compose.yml and nginx.conf beside a model; files that exist stay.
 
@@ -157,10 +170,7 @@ def write_server_files(folder, name, *, max_batch):
         InputError: a name that cannot stand in an address and in these files, or max_batch below 1.
         StorageError: a file that cannot be written.
     """
-    if not _NAME.fullmatch(name):
-        raise InputError(
-            f"The model's name must be letters, digits, '_', '.' and '-', not first '.' or '-'; found {name!r}."
-        )
+    check_name(name)
     if max_batch < 1:
         raise InputError(f"max_batch must be at least 1, found {max_batch}.")
     written, kept = [], []

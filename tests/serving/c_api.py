@@ -158,9 +158,8 @@ class _Status:
 
 def _library():
     folder = importlib.util.find_spec("tensorflow").submodule_search_locations[0]
-    # The framework library holds the tensors, and the other one the sessions.
-    ctypes.CDLL(os.path.join(folder, "libtensorflow_framework.so.2"), mode=ctypes.RTLD_GLOBAL)
-    lib = ctypes.CDLL(os.path.join(folder, "libtensorflow_cc.so.2"), mode=ctypes.RTLD_GLOBAL)
+    # Not RTLD_GLOBAL: extensions loaded later, such as numpy.random, would find its symbols instead of their own, and crash.
+    lib = ctypes.CDLL(os.path.join(folder, "libtensorflow_cc.so.2"), mode=ctypes.RTLD_LOCAL)
     pointer, text, size, buffer = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.POINTER(_Buffer)
     outputs, tensors, number = ctypes.POINTER(_Output), ctypes.POINTER(pointer), ctypes.c_int
     for name, result, *arguments in (
