@@ -174,6 +174,8 @@ def test_the_proxy_lets_the_model_through_and_nothing_else(folder):
             assert requests.post(f"{model}:predict", b"{}", timeout=10).status_code == 200
             assert requests.post(f"{model}/labels/stable:predict", b"x" * 1_000_000, timeout=10).status_code == 200
             assert requests.post(f"{model}:predict", b"x" * 1_048_577, timeout=10).status_code == 413
+            packed = {"Content-Encoding": "gzip"}
+            assert requests.post(f"{model}:predict", b"x", headers=packed, timeout=10).status_code == 415
             assert requests.delete(model, timeout=10).status_code == 403
             for path in ("/", "/v1/models", "/v1/models/digits-8xv1", "/monitoring/prometheus/metrics"):
                 assert requests.get(url + path, timeout=10).status_code == 404
