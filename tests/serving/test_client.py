@@ -107,6 +107,26 @@ def test_a_server_that_is_something_else(transport, status, body):
         other.shutdown()
 
 
+def test_credentials_come_from_netrc(tmp_path, monkeypatch):
+    class Asking(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            found.append(self.headers["Authorization"])
+            self.send_error(401)
+
+        def log_message(self, *_):
+            pass
+
+    found, netrc = [], tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login me password secret\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    with http.server.HTTPServer(("127.0.0.1", 0), Asking) as asking:
+        threading.Thread(target=asking.serve_forever, args=(0.02,), daemon=True).start()
+        with Client(f"127.0.0.1:{asking.server_port}", "digits") as client, pytest.raises(ServerError) as e:
+            client.status()
+        asking.shutdown()
+    assert found == ["Basic bWU6c2VjcmV0"] and e.value.code == "UNAUTHENTICATED"
+
+
 @pytest.mark.parametrize("name", ["requests", "tensorflow_serving.apis.predict_pb2"])
 def test_a_missing_package_names_the_extra(name, monkeypatch):
     pytest.importorskip("tensorflow_serving.apis")
