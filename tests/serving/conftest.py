@@ -69,7 +69,8 @@ def served(request, inference, samplers, tmp_path_factory):
 def run_python(*args, cwd, **env):
     """Run Python in a process of its own; what it printed."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"TF_CPP_MIN_LOG_LEVEL": "2", **env}
-    result = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True)
+    command = [sys.executable, *map(str, args)]
+    result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

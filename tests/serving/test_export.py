@@ -6,8 +6,13 @@ import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
 from ddpm_tf import experiment
+from ddpm_tf.diffusion.process import GaussianDiffusion
+from ddpm_tf.diffusion.schedules import Schedule, make_betas
 from ddpm_tf.errors import RunError
-from ddpm_tf.serving.export import OPS, SAVER_OPS, check_ops
+from ddpm_tf.networks import UNet
+from ddpm_tf.samplers import make_sampler
+from ddpm_tf.serving.export import OPS, SAVER_OPS, check_ops, save_model
+from tests.serving.c_api import CSession
 from tests.serving.conftest import ROOT, grey_levels, run_python
 
 C_API = """
@@ -68,6 +73,23 @@ def test_nothing_in_it_is_compiled_by_xla_and_the_lists_of_ops_are_what_is_used(
     assert not any(f.attr["_XlaMustCompile"].b for f in functions if "_XlaMustCompile" in f.attr)
     saver = {node.op for f in functions if "traced" in f.signature.name for node in f.node_def}
     assert SAVER_OPS <= saver and not OPS & SAVER_OPS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("network", "diffusion", "sampler"),
+    [
+        ({"block_size": 2, "attn_resolutions": ()}, {"prediction": "v"}, "ddim"),
+        ({"resamp_with_conv": False}, {"prediction": "x_0", "variance": "fixed_small"}, "ddpm"),
+        ({"out_channels": 2}, {"variance": "learned_range", "clip": False}, "ddpm"),
+    ],
+)
+def test_other_networks_and_diffusions_need_no_other_ops(network, diffusion, sampler, tmp_path):
+    diffusion = GaussianDiffusion(Schedule(make_betas("linear_scaled", 100)), **diffusion)
+    sampler = make_sampler(sampler, diffusion, num_steps=4)
+    network = UNet((8, 8, 1), **{"ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,)} | network)
+    save_model(str(tmp_path), network, sampler, sampler.diffusion, max_batch=1)
+    assert CSession(str(tmp_path)).run("sample", {"seed": np.zeros(1, int)})["images"].shape == (1, 8, 8, 1)
 
 
 FORBIDDEN = {
