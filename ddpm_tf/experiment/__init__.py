@@ -1,18 +1,21 @@
-"""The jobs behind the command lines: train, sample from a workdir, and convert weights into and out of one."""
+"""The jobs behind the command lines: train, sample from a workdir, export it for serving, and convert weights."""
 
 from ddpm_tf.experiment.conversion import export_weights, import_diffusers, import_tf1
+from ddpm_tf.experiment.exporting import export
 from ddpm_tf.experiment.resume import StartOptions
-from ddpm_tf.experiment.sampling import Inference, load_for_inference, sample_images
+from ddpm_tf.experiment.sampling import Inference, load_for_inference, load_sampler, sample_images
 from ddpm_tf.experiment.training import describe, train
 
 __all__ = [
     "Inference",
     "StartOptions",
     "describe",
+    "export",
     "export_weights",
     "import_diffusers",
     "import_tf1",
     "load_for_inference",
+    "load_sampler",
     "sample_images",
     "train",
 ]

@@ -48,22 +48,8 @@ def load_for_inference(workdir, *, ema=True):
     return Inference(config, network, diffusion, step)
 
 
-def sample_images(workdir, *, out=None, ema=True, **overrides):
-    """Sample from a workdir: per-image PNGs, grid.png and samples.npz.
-
-    Args:
-        workdir: as written by `train`.
-        out: an empty or new folder; None: one under the workdir's samples/, named after the settings.
-        ema: sample with the moving average of the weights, else with the weights themselves.
-        overrides: fields of the config's `sample` section; None: as the workdir says.
-
-    Returns:
-        the folder.
-
-    Raises:
-        NumericsError: a sample that is not finite.
-        InputError: settings that cannot be used, a workdir that cannot be read, a folder that is not empty.
-    """
+def load_sampler(workdir, *, ema=True, **overrides):
+    """(Inference, Sampler) of a workdir, its sampling settings changed by `overrides`; see `sample_images`."""
     if overrides.get("num_steps") == 0:
         raise InputError("num_steps must be within 1..T, the trained chain; found 0.")
     inference = load_for_inference(workdir, ema=ema)
@@ -82,6 +68,28 @@ def sample_images(workdir, *, out=None, ema=True, **overrides):
             "The moving average still holds %.0f %% of the initial weights after %d steps: train longer, or sample with the "
             "weights themselves (--noema).", 100 * initial, inference.step,
         )  # fmt: skip
+    return inference, sampler
+
+
+def sample_images(workdir, *, out=None, ema=True, **overrides):
+    """Sample from a workdir: per-image PNGs, grid.png and samples.npz.
+
+    Args:
+        workdir: as written by `train`.
+        out: an empty or new folder; None: one under the workdir's samples/, named after the settings.
+        ema: sample with the moving average of the weights, else with the weights themselves.
+        overrides: fields of the config's `sample` section; None: as the workdir says.
+
+    Returns:
+        the folder.
+
+    Raises:
+        NumericsError: a sample that is not finite.
+        InputError: settings that cannot be used, a workdir that cannot be read, a folder that is not empty.
+    """
+    inference, sampler = load_sampler(workdir, ema=ema, **overrides)
+    config = inference.config
+    s = config.sample
     logging.info("Sampling %d images with %s, %d steps.", s.num_images, s.sampler, sampler.num_steps)
     out = _sample_folder(out, workdir, inference.step, config, sampler, ema)
 

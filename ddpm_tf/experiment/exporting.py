@@ -1,0 +1,122 @@
+"""From a workdir to a version folder that a model server loads."""
+
+import json
+import os
+import shlex
+import time
+
+from absl import logging
+
+from ddpm_tf.diffusion.schedules import space_timesteps
+from ddpm_tf.errors import InputError, unknown_name
+from ddpm_tf.experiment.sampling import load_sampler
+from ddpm_tf.serving import model_card, portable, warmup
+from ddpm_tf.serving.export import save_model
+from ddpm_tf.serving.server_files import check_name, write_server_files
+from ddpm_tf.serving.versions import choose_version, list_versions, new_version
+
+SAVED_MODEL = "saved_model"
+_BOUND_SPACING = "linspace"  # both ends of the trained chain
+
+
+def export(
+    workdir, out, *, format=SAVED_MODEL, version=None, max_batch=16, bpd_steps=None, license="", ema=True, **overrides
+):
+    """Write a workdir's newest checkpoint and its sampler as out/<version>/, which appears whole or not at all.
+
+    Args:
+        workdir: as written by `train`; its evaluation.json, if there is one, goes into the model card.
+        out: MODELS/NAME; missing parents are made. The server's files are written into MODELS.
+        format: saved_model (for TensorFlow Serving), onnx or openvino (`denoise` and `sample_from_noise` alone).
+        version: a positive number; None: the newest one's successor.
+        max_batch: the most images of one request.
+        bpd_steps: K, the steps of the chain whose bound `bits_per_dim` is; None: as many as the sampler's.
+        license: the weights' license, for the model card.
+        ema: the moving average of the weights, else the weights themselves.
+        overrides: fields of the config's `sample` section; None: as the workdir says.
+
+    Returns:
+        a report, as text.
+
+    Raises:
+        InputError: settings or a workdir that cannot be used, a version that exists, a package that is missing.
+        WorkdirError, StorageError: a folder that cannot be written to.
+    """
+    start = time.monotonic()
+    out = os.path.abspath(out)
+    if format not in (SAVED_MODEL, *portable.FORMATS):
+        raise unknown_name("format", format, (SAVED_MODEL, *portable.FORMATS))
+    if not 1 <= max_batch <= 4096:
+        raise InputError(f"--max_batch must be within 1..4096, found {max_batch}.")
+    check_name(os.path.basename(out))
+    version = choose_version(out, version)
+    _check_format(out, format)
+    inference, sampler = load_sampler(workdir, ema=ema, **overrides)
+    bound = _bound(inference.diffusion, bpd_steps or sampler.num_steps)
+    fields = {
+        "name": os.path.basename(out), "version": version, "format": format, "license": license or "not stated",
+        "weights": "moving average" if ema else "weights", "evaluation": _evaluation(workdir),
+    }  # fmt: skip
+    models = os.path.dirname(out)
+    with new_version(out, version) as folder:
+        if format == SAVED_MODEL:
+            write_server_files(models, os.path.basename(out), max_batch=max_batch)
+            functions = save_model(folder, inference.network, sampler, bound, max_batch=max_batch)
+            fields |= _saved_model_fields(folder, out, functions, sampler, bound, max_batch)
+        else:
+            functions = portable.save_portable(folder, format, inference.network, sampler)
+        model_card.write_card(folder, model_card.make_card(inference, sampler, functions, **fields))
+    report = f"{', '.join(functions)} in {os.path.join(out, str(version))} ({time.monotonic() - start:.0f} s)."
+    if format != SAVED_MODEL:
+        return report
+    return f"{report}\nServe it: cd {shlex.quote(models)} && docker compose --profile cpu up"
+
+
+def _saved_model_fields(folder, out, functions, sampler, bound, max_batch):
+    """Write the warm-up requests; what the card says of a SavedModel."""
+    costs = {"initial_noise": 0, "denoise_step": 1, "bits_per_dim": bound.num_timesteps}
+    evaluations = {name: costs.get(name, sampler.num_steps) for name in functions}
+    try:
+        warm = warmup.write_warmup(folder, os.path.basename(out), functions, evaluations=evaluations)
+    except InputError as e:
+        warm = []
+        logging.warning("No warm-up requests were written: %s The first requests will take seconds longer.", e)
+    return {
+        "max_batch": max_batch,
+        "network_evaluations_per_request": evaluations,
+        "warmed_up": warm,
+        "bits_per_dim": {
+            "timesteps": bound.schedule.timesteps.tolist(),
+            "meaning": "bits per value: an estimate, from one draw of noise per timestep, of an upper bound on -log2 p(image) "
+            "for the model that samples by these timesteps alone; not comparable with the bound of the whole chain",
+        },
+    }
+
+
+def _bound(diffusion, num_steps):
+    """The chain of `num_steps` steps whose bound is served."""
+    if not 1 <= num_steps <= diffusion.num_timesteps:
+        raise InputError(f"--bpd_steps must be within 1..{diffusion.num_timesteps}, found {num_steps}.")
+    return diffusion.respace(space_timesteps(diffusion.num_timesteps, num_steps, _BOUND_SPACING))
+
+
+def _check_format(out, format):
+    """A server that polls `out` takes every version for its own format."""
+    for version in list_versions(out)[-1:]:
+        is_saved_model = os.path.exists(os.path.join(out, str(version), "saved_model.pb"))
+        if is_saved_model != (format == SAVED_MODEL):
+            raise InputError(
+                f"--out={out} holds versions of another format than {format}; a server of them could not load this one. "
+                "Give it a folder of its own."
+            )
+
+
+def _evaluation(workdir):
+    path = os.path.join(workdir, "evaluation.json")
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path} cannot be read as JSON: {e}. Repair or remove it.") from e

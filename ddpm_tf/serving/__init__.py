@@ -1,0 +1,1 @@
+"""A trained sampler as a service: the SavedModel for TensorFlow Serving, and a client."""

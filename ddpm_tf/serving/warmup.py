@@ -1,0 +1,51 @@
+"""Requests that a model server answers to itself when it loads a version, so that the first client does not wait."""
+
+import os
+
+import numpy as np
+import tensorflow as tf
+
+from ddpm_tf.errors import InputError
+
+_MOST_EVALUATIONS = 100  # of the network, for a request that is cheap enough to delay the loading
+
+
+def write_warmup(path, name, functions, *, evaluations):
+    """Write assets.extra/tf_serving_warmup_requests, one request of one image for every cheap signature.
+
+    A session prepares a signature's graph at its first request, which takes seconds.
+
+    Args:
+        path: the SavedModel's folder.
+        name: the model's.
+        functions: {signature: ConcreteFunction}.
+        evaluations: {signature: how often one request calls the network}.
+
+    Returns:
+        the signatures that are warmed up.
+
+    Raises:
+        InputError: tensorflow-serving-api is not installed.
+    """
+    prediction_log_pb2 = _protos()
+    cheap = [signature for signature in functions if evaluations[signature] <= _MOST_EVALUATIONS]
+    folder = os.path.join(path, "assets.extra")
+    os.makedirs(folder, exist_ok=True)
+    with tf.io.TFRecordWriter(os.path.join(folder, "tf_serving_warmup_requests")) as writer:
+        for signature in cheap:
+            log = prediction_log_pb2.PredictionLog()
+            request = log.predict_log.request
+            request.model_spec.name, request.model_spec.signature_name = name, signature
+            for spec in functions[signature].structured_input_signature[0]:
+                value = np.zeros([1, *spec.shape[1:]], spec.dtype.as_numpy_dtype)
+                request.inputs[spec.name].CopyFrom(tf.make_tensor_proto(value))
+            writer.write(log.SerializeToString())
+    return cheap
+
+
+def _protos():
+    try:
+        from tensorflow_serving.apis import prediction_log_pb2
+    except ImportError as e:
+        raise InputError(f"tensorflow-serving-api cannot be imported ({e}). Install the extra: '.[serving]'.") from e
+    return prediction_log_pb2

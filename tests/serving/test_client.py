@@ -1,0 +1,135 @@
+"""The client where no model is needed: settings, and servers that are not there or do not answer."""
+
+import contextlib
+import http.server
+import socket
+import sys
+import threading
+import time
+
+import pytest
+
+from ddpm_tf.errors import InputError
+from ddpm_tf.serving.client import Client
+from ddpm_tf.serving.transports import ServerError
+
+pytest.importorskip("requests", reason="the client needs ddpm_tf[serving]: requests")
+
+
+@pytest.fixture(params=["rest", "grpc"])
+def transport(request):
+    if request.param == "grpc":
+        pytest.importorskip("tensorflow_serving.apis", reason="gRPC needs ddpm_tf[serving]: tensorflow-serving-api")
+    return request.param
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"version": 1, "label": "stable"}, "one of them"),
+        ({"attempts": 0}, "attempts"),
+        ({"max_batch": 0}, "max_batch"),
+        ({"deadline_s": 0}, "deadline_s"),
+        ({"deadline_s": float("nan")}, "deadline_s"),
+    ],
+)
+def test_settings_that_cannot_be_used(kwargs, message):
+    with pytest.raises(InputError, match=message):
+        Client("localhost:1", "digits", **kwargs)
+
+
+def test_addresses_that_cannot_be_used():
+    with pytest.raises(InputError, match="netrc") as e:
+        Client("http://me:secret@localhost:8501", "digits")
+    assert "secret" not in str(e.value)
+    with pytest.raises(InputError, match="without a scheme"):
+        Client("http://localhost:8500", "digits", transport="grpc")
+    with pytest.raises(InputError, match="Expected host:port"):
+        Client("http://", "digits").status()
+
+
+def test_nobody_listening(transport):
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        address = f"127.0.0.1:{s.getsockname()[1]}"  # nobody's, once it is closed
+    with Client(address, "digits", transport=transport, attempts=2) as client, pytest.raises(ServerError) as e:
+        client.sample([1])
+    assert e.value.code == "UNAVAILABLE"
+    assert address in str(e.value) and "running" in str(e.value)
+
+
+def test_a_server_that_does_not_answer_ends_at_the_deadline(transport):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        start = time.monotonic()
+        with Client(address, "digits", transport=transport, deadline_s=0.5) as client, pytest.raises(ServerError) as e:
+            client.sample([1])
+        assert 0.4 < time.monotonic() - start < 2
+    assert e.value.code == "DEADLINE_EXCEEDED"
+
+
+def test_an_answer_that_trickles_ends_at_the_deadline():
+    def trickle():
+        connection, _ = silent.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            for _ in range(100):
+                connection.sendall(b" ")
+                time.sleep(0.05)
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        threading.Thread(target=trickle, daemon=True).start()
+        start = time.monotonic()
+        with Client(f"127.0.0.1:{silent.getsockname()[1]}", "digits", deadline_s=0.5) as client:
+            with pytest.raises(ServerError) as e:
+                client.status()
+        assert e.value.code == "DEADLINE_EXCEEDED" and time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize("status", [200, 301, 500])
+@pytest.mark.parametrize("body", [b"<html>welcome</html>", b"[]", b'{"a": 1}', b"", b'{"error": 3}'])
+def test_a_server_that_is_something_else(transport, status, body):
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Other) as other:
+        threading.Thread(target=other.serve_forever, args=(0.02,), daemon=True).start()
+        address = f"127.0.0.1:{other.server_port}"
+        with Client(address, "digits", transport=transport, attempts=1, deadline_s=5) as client:
+            with pytest.raises(ServerError, match=address):
+                client.sample([1])
+        other.shutdown()
+
+
+def test_credentials_come_from_netrc(tmp_path, monkeypatch):
+    class Asking(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            found.append(self.headers["Authorization"])
+            self.send_error(401)
+
+        def log_message(self, *_):
+            pass
+
+    found, netrc = [], tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login me password secret\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    with http.server.HTTPServer(("127.0.0.1", 0), Asking) as asking:
+        threading.Thread(target=asking.serve_forever, args=(0.02,), daemon=True).start()
+        with Client(f"127.0.0.1:{asking.server_port}", "digits") as client, pytest.raises(ServerError) as e:
+            client.status()
+        asking.shutdown()
+    assert found == ["Basic bWU6c2VjcmV0"] and e.value.code == "UNAUTHENTICATED"
+
+
+@pytest.mark.parametrize("name", ["requests", "tensorflow_serving.apis.predict_pb2"])
+def test_a_missing_package_names_the_extra(name, monkeypatch):
+    pytest.importorskip("tensorflow_serving.apis")
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(InputError, match=r"pip install 'ddpm_tf\[serving\]'"):
+        Client("localhost:1", "digits", transport="rest" if name == "requests" else "grpc")
