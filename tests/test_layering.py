@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RANKS = (
     ("errors",),
-    ("config", "rng", "images", "bundles"),
+    ("config", "rng", "images", "files", "bundles"),
     ("diffusion", "networks", "data"),
     ("samplers",),
     ("training", "evaluation", "convert"),

@@ -71,7 +71,7 @@ def restore(model, workdir, start, *, fingerprint):
 
 
 def check_data(source, workdir, start):
-    """Compare the data set with the one the run began with; returns its manifest, for `write_json` to data.json.
+    """Compare the data set with the one the run began with; returns its manifest, to be written to data.json.
 
     Raises:
         InputError: another data set, with the counts and the first file that differs.

@@ -17,7 +17,8 @@ from ddpm_tf.diffusion.losses import make_loss
 from ddpm_tf.errors import BadDataError, DataNotFoundError, InputError, Interrupted, unknown_name
 from ddpm_tf.experiment.resume import NAN_POLICIES, StartOptions, check_data, move_away, restore
 from ddpm_tf.experiment.sampling import make_picture, sample_in_batches
-from ddpm_tf.experiment.workdir import check_workdir, check_writable, locked, read_config, write_json
+from ddpm_tf.experiment.workdir import check_workdir, check_writable, locked, read_config
+from ddpm_tf.files import write_text
 from ddpm_tf.training import callbacks, checkpoints
 from ddpm_tf.training.distribution import configure_devices, make_strategy
 from ddpm_tf.training.ema import make_ema_network
@@ -166,8 +167,8 @@ def _fingerprint(config, strategy, data):
 
 
 def _write_settings(workdir, config, data):
-    write_json(os.path.join(workdir, "config.json"), config_lib.to_json(config))
-    write_json(os.path.join(workdir, "data.json"), json.dumps(data))
+    write_text(os.path.join(workdir, "config.json"), config_lib.to_json(config))
+    write_text(os.path.join(workdir, "data.json"), json.dumps(data))
 
 
 def _grid_path(workdir, step, name):

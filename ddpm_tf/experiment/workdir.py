@@ -110,15 +110,6 @@ def _try_writing(workdir):
     os.unlink(f"{probe}-renamed")
 
 
-def write_json(path, text):
-    """Write a file of the workdir; it is the old one or the new one, never a part."""
-    with open(f"{path}.tmp", "w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
-
-
 def check_workdir(config, workdir, *, fresh=False):
     """Refuse a folder of something else, and a run whose fixed fields differ; `fresh`: what it holds is to be moved away."""
     if os.path.exists(workdir) and not os.path.isdir(workdir):

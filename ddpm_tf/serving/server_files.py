@@ -6,6 +6,7 @@ import re
 from absl import logging
 
 from ddpm_tf.errors import InputError, StorageError
+from ddpm_tf.files import write_text
 
 # The newest version of TensorFlow Serving that is known to exist; the environment's TF_SERVING_VERSION takes another.
 SERVING_VERSION = "2.20.0"
@@ -210,12 +211,7 @@ def _write_new(path, text):
     """Write a file that appears whole or not at all, unless there is one; whether it was written."""
     if os.path.lexists(path):
         return False
-    temporary = f"{path}.tmp-{os.getpid()}"
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    write_text(path, text)
     return True
 
 

@@ -14,7 +14,7 @@ from urllib.parse import quote, urlsplit
 
 from ddpm_tf.errors import InputError, RunError
 
-EXTRA = "pip install 'ddpm_tf[serving]'"
+EXTRA = "pip install -e '.[serving]'"
 _HTTP_CODES = {
     400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND",
     413: "INVALID_ARGUMENT", 429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 501: "UNIMPLEMENTED", 502: "UNAVAILABLE",

@@ -10,6 +10,7 @@ import uuid
 import tensorflow as tf
 
 from ddpm_tf.errors import InputError, StorageError, WorkdirError
+from ddpm_tf.files import fsync
 
 _TEMPORARY = ".tmp-"  # no number, so that no polling server takes it for a version
 
@@ -66,7 +67,7 @@ def new_version(folder, version):
             yield temporary
             for path, _, files in os.walk(temporary):
                 for name in (*files, ""):
-                    _fsync(os.path.join(path, name))
+                    fsync(os.path.join(path, name))
             _publish(temporary, folder, version)
     except (OSError, tf.errors.OpError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -81,7 +82,7 @@ def _publish(temporary, folder, version):
     if os.path.exists(target):
         raise InputError(f"Another export has written {target} in the meantime; nothing is written over. Try again.")
     os.rename(temporary, target)
-    _fsync(folder)
+    fsync(folder)
 
 
 def _sweep(folder):
@@ -98,13 +99,5 @@ def _locked(folder):
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _fsync(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -16,6 +16,7 @@ from absl import logging
 from ddpm_tf import __version__
 from ddpm_tf.bundles import read_bundle, write_bundle
 from ddpm_tf.errors import InputError, NoValidCheckpointError, NumericsError, StorageError, storage_advice
+from ddpm_tf.files import fsync
 
 FORMAT = 2  # of a checkpoint folder; 1 had no counts of skipped steps
 
@@ -89,7 +90,7 @@ def save(folder, step, tensors, meta, *, keep, keep_every=0):
         try:
             _write(temporary, tensors, meta)
             os.rename(temporary, step_folder(folder, step))
-            _fsync(folder)
+            fsync(folder)
             break
         except (OSError, tf.errors.OpError) as e:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -214,15 +215,7 @@ def _write(temporary, tensors, meta):
     with open(os.path.join(temporary, _MANIFEST), "w") as f:
         json.dump(manifest, f, indent=2)
     for path in (*paths.values(), os.path.join(temporary, _MANIFEST), temporary):
-        _fsync(path)
-
-
-def _fsync(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        fsync(path)
 
 
 def _sha256(path):

@@ -31,8 +31,8 @@ ARGS = (
 SLOW_DISK = """
 import runpy, sys, time
 from ddpm_tf.training import checkpoints
-fsync = checkpoints._fsync
-checkpoints._fsync = lambda path: (time.sleep(0.1), fsync(path))
+fsync = checkpoints.fsync
+checkpoints.fsync = lambda path: (time.sleep(0.1), fsync(path))
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

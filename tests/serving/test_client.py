@@ -131,5 +131,5 @@ def test_credentials_come_from_netrc(tmp_path, monkeypatch):
 def test_a_missing_package_names_the_extra(name, monkeypatch):
     pytest.importorskip("tensorflow_serving.apis")
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(InputError, match=r"pip install 'ddpm_tf\[serving\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '.\[serving\]'"):
         Client("localhost:1", "digits", transport="rest" if name == "requests" else "grpc")

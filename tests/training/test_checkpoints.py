@@ -149,7 +149,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_litter(tmp_path, monkeypa
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "_fsync", full)
+    monkeypatch.setattr(checkpoints, "fsync", full)
     with pytest.raises(StorageError, match=r"No space left.*It needs \d+ bytes; [\d,]+ are free") as e:
         save(tmp_path, 2)
     assert e.value.exit_code == 74 and names(tmp_path) == ["step_000000000001"]
@@ -159,7 +159,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_litter(tmp_path, monkeypa
 
 
 def test_a_passing_fault_is_tried_again(tmp_path, monkeypatch):
-    faults, fsync = [OSError(errno.EIO, "Input/output error")] * 2, checkpoints._fsync
+    faults, fsync = [OSError(errno.EIO, "Input/output error")] * 2, checkpoints.fsync
     monkeypatch.setattr(checkpoints.time, "sleep", lambda seconds: None)
 
     def flaky(path):
@@ -167,14 +167,14 @@ def test_a_passing_fault_is_tried_again(tmp_path, monkeypatch):
             raise faults.pop()
         fsync(path)
 
-    monkeypatch.setattr(checkpoints, "_fsync", flaky)
+    monkeypatch.setattr(checkpoints, "fsync", flaky)
     save(tmp_path, 1)
     assert names(tmp_path) == ["step_000000000001"] and not faults
 
 
 def test_files_reach_the_disk_before_the_name_does(tmp_path, monkeypatch):
-    events, fsync, rename = [], checkpoints._fsync, os.rename
-    monkeypatch.setattr(checkpoints, "_fsync", lambda p: (events.append(("fsync", Path(p).name)), fsync(p)))
+    events, fsync, rename = [], checkpoints.fsync, os.rename
+    monkeypatch.setattr(checkpoints, "fsync", lambda p: (events.append(("fsync", Path(p).name)), fsync(p)))
     monkeypatch.setattr(os, "rename", lambda a, b: (events.append(("rename", Path(b).name)), rename(a, b)))
     save(tmp_path / "ckpt", 1)
     kinds = [kind for kind, _ in events]
