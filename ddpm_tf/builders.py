@@ -51,8 +51,8 @@ def build_network(config, diffusion, *, precision="float32"):
     return NETWORKS[n.name](
         shape, out_channels=shape[-1] * (2 if diffusion.has_learned_variance else 1),
         block_size=n.block_size, ch=n.ch, ch_mult=n.ch_mult, num_res_blocks=n.num_res_blocks,
-        attn_resolutions=n.attn_resolutions, dropout=n.dropout, resamp_with_conv=n.resamp_with_conv, seed=config.seed,
-        dtype="float32" if precision == "float32" else f"mixed_{precision}",
+        attn_resolutions=n.attn_resolutions, dropout=n.dropout, resamp_with_conv=n.resamp_with_conv, remat=n.remat,
+        seed=config.seed, dtype="float32" if precision == "float32" else f"mixed_{precision}",
     )  # fmt: skip
 
 

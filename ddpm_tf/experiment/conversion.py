@@ -44,16 +44,21 @@ def import_tf1(checkpoint, config, workdir, *, reference=None):
     state = read_tf1_checkpoint(
         checkpoint, shapes=shapes, beta_1=config.optimizer.beta_1, beta_2=config.optimizer.beta_2
     )
+    if state.m is not None and config.optimizer.name != "adam":
+        raise InputError(
+            f"{checkpoint} holds Adam's moments, but the config has optimizer.name={config.optimizer.name}. Use "
+            "--config.optimizer.name=adam."
+        )
     groups = {"network": state.weights, "ema": state.ema}
     groups |= {} if state.m is None else {"optimizer/momentum": state.m, "optimizer/velocity": state.v}
-    tensors = {name: v.numpy() for name, v in variables.items()}  # moments that the file lacks stay 0
+    tensors = {name: v.numpy() for name, v in variables.items()}  # moments that the file lacks stay new
     for group, arrays in groups.items():
         tensors |= {f"{group}/{v.path}": arrays[tf1_name(v.path)] for v in model.network.variables}
     tensors["step"] = np.asarray(state.step or 0, tensors["step"].dtype)
     assign(variables, tensors, checkpoint)
     parity = _check_reference(model.ema_network, reference)
     write_workdir(workdir, config, tensors)
-    absent = "" if state.m is not None else "\nThe file holds no Adam moments: training would go on with moments of 0."
+    absent = "" if state.m is not None else "\nThe file holds no Adam moments: training would go on with new moments."
     return (
         f"{len(shapes)} weights ({model.network.count_params():,} parameters), their moving averages"
         f"{' and two moments' if state.m else ''} of {checkpoint}, step {int(tensors['step'])}.{absent}{parity}\n"
@@ -112,7 +117,8 @@ def export_weights(workdir, to, out, *, ema=True):
 
     Args:
         workdir: as written by `train`.
-        to: tf1 (weights, moving average, moments and step under the original's names) or diffusers.
+        to: tf1 (weights, moving average, Adam's moments and step under the original's names; RMSProp's moments are left
+            out) or diffusers.
         out: tf1: the checkpoint's path without suffix; diffusers: a new or empty folder.
         ema: for diffusers, which knows one set of weights: the moving average, else the weights.
 
@@ -134,16 +140,15 @@ def export_weights(workdir, to, out, *, ema=True):
     def group(prefix):
         return {tf1_name(k.removeprefix(prefix)): v for k, v in tensors.items() if k.startswith(prefix)}
 
-    state = TF1State(
-        group("network/"),
-        group("ema/"),
-        group("optimizer/momentum/") or None,
-        group("optimizer/velocity/") or None,
-        step,
-    )
+    is_adam = config.optimizer.name == "adam"  # RMSProp's slots have the same names here
+    m, v = (group(f"optimizer/{slot}/") if is_adam else None for slot in ("momentum", "velocity"))
+    state = TF1State(group("network/"), group("ema/"), m, v, step)
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     save_tf1_checkpoint(out, state, beta_1=config.optimizer.beta_1, beta_2=config.optimizer.beta_2)
-    return f"{len(state.weights)} weights, moving averages and moments of step {step} in {out}.index and .data."
+    kinds, left_out = (
+        ("moving averages and moments", "") if is_adam else ("moving averages", " RMSProp's moments are not.")
+    )
+    return f"{len(state.weights)} weights, {kinds} of step {step} in {out}.index and .data.{left_out}"
 
 
 def _check_kwargs(config, path):

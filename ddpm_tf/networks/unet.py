@@ -34,6 +34,8 @@ class UNet(keras.Model):
             convolution, and back after the last; the heights of the levels are counted after it. Saves memory.
         num_classes: number of labels 0 .. num_classes - 1 of a class-conditional network, which also takes the null
             label num_classes; None: unconditional.
+        remat: gradient checkpointing: the activations inside residual and attention blocks are not kept for the gradient
+            but computed again. Less memory, more time; the same loss and gradients.
         seed: of the initial weights.
         dtype: a Keras dtype or policy; normalisation statistics and softmax stay float32.
 
@@ -59,6 +61,7 @@ class UNet(keras.Model):
         resamp_with_conv=True,
         num_classes=None,
         block_size=1,
+        remat=False,
         seed=0,
         dtype=None,
         name="model",
@@ -70,7 +73,7 @@ class UNet(keras.Model):
         self.ch, self.ch_mult, self.num_res_blocks = ch, tuple(ch_mult), num_res_blocks
         self.attn_resolutions, self.dropout = tuple(attn_resolutions), dropout
         self.resamp_with_conv, self.num_classes = resamp_with_conv, num_classes
-        self.block_size, self.seed = block_size, seed
+        self.block_size, self.remat, self.seed = block_size, remat, seed
         self._check()
         self._make_layers()
         # Variables are made by one symbolic call, so that their paths carry the names of all parents.
@@ -167,23 +170,27 @@ class UNet(keras.Model):
         if training and self.dropout and dropout_seed is None:
             raise InputError("Training with dropout needs dropout_seed, int32 [B, 2].")
         seed = dropout_seed if training else None
+        recomputed = tf.recompute_grad if training and self.remat else lambda f: f
         temb = self.temb(inputs["t"], inputs.get("labels"))  # [B, 4 ch]
         x_t = inputs["x_t"]
         h = self.conv_in(x_t if self.block_size == 1 else tf.nn.space_to_depth(x_t, self.block_size))
 
+        def run(layer, *h):
+            if isinstance(layer, ResBlock):
+                # Joined inside the block, so that with remat the joined tensor is not kept either.
+                return recomputed(lambda temb, *h: layer(keras.ops.concatenate(h, axis=-1), temb, seed))(temb, *h)
+            return recomputed(layer)(*h) if isinstance(layer, AttnBlock) else layer(*h)
+
         # A skip is kept after conv_in, after every residual block with its attention, and after downsampling.
         skips = [h]
         for layer, following in zip(self.down, [*self.down[1:], None], strict=True):
-            h = layer(h, temb, seed) if isinstance(layer, ResBlock) else layer(h)
+            h = run(layer, h)
             if not isinstance(following, AttnBlock):
                 skips.append(h)
         for layer in self.mid:
-            h = layer(h, temb, seed) if isinstance(layer, ResBlock) else layer(h)
+            h = run(layer, h)
         for layer in self.up:
-            if isinstance(layer, ResBlock):
-                h = layer(keras.ops.concatenate([h, skips.pop()], axis=-1), temb, seed)
-            else:
-                h = layer(h)
+            h = run(layer, h, skips.pop()) if isinstance(layer, ResBlock) else run(layer, h)
         assert not skips
         h = tf.cast(self.conv_out(swish(self.norm_out(h))), tf.float32)
         return h if self.block_size == 1 else tf.nn.depth_to_space(h, self.block_size)
@@ -200,6 +207,7 @@ class UNet(keras.Model):
             "resamp_with_conv": self.resamp_with_conv,
             "num_classes": self.num_classes,
             "block_size": self.block_size,
+            "remat": self.remat,
             "seed": self.seed,
             "dtype": keras.saving.serialize_keras_object(self.dtype_policy),
             "name": self.name,

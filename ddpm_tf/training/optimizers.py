@@ -22,11 +22,31 @@ class LinearWarmup(keras.optimizers.schedules.LearningRateSchedule):
         return {"learning_rate": self.learning_rate, "warmup_steps": self.warmup_steps}
 
 
-OPTIMIZERS = {"adam": keras.optimizers.Adam}
+@keras.saving.register_keras_serializable(package="ddpm_tf")
+class RMSProp(keras.optimizers.RMSprop):
+    """TensorFlow 1's: mean square <- rho mean square + (1 - rho) g^2, starting at 1 (Keras: at 0, so that the first steps
+    are up to 1 / sqrt(1 - rho) = 4.5 times as large); momentum <- momentum momentum + lr g / sqrt(mean square + epsilon).
+    """
+
+    def add_optimizer_variables(self, trainable_variables, name, initializer="zeros"):
+        return super().add_optimizer_variables(trainable_variables, name, "ones" if name == "velocity" else initializer)
+
+
+# The original's two, with its settings of RMSProp, which its scripts never change.
+OPTIMIZERS = {
+    "adam": keras.optimizers.Adam,
+    "rmsprop": lambda schedule, *, beta_1, beta_2, epsilon: RMSProp(schedule, rho=0.95, momentum=0.9, epsilon=epsilon),
+}
 
 
 def make_optimizer(name="adam", *, learning_rate=2e-4, warmup_steps=5000, beta_1=0.9, beta_2=0.999, epsilon=1e-8):
     """A Keras optimizer with linear warm-up (appendix B: Adam, 2e-4, 5000 steps for CIFAR-10).
+
+    Args:
+        name: adam, or rmsprop (decay 0.95, momentum 0.9).
+        learning_rate: after `warmup_steps` steps.
+        beta_1, beta_2: Adam's.
+        epsilon: Adam's is added to the root, RMSProp's to the mean square under it.
 
     Raises:
         InputError: unknown name, a learning rate that is not positive, negative warm-up, betas or epsilon out of range.

@@ -105,6 +105,28 @@ def test_out_to_tf1_and_back_is_the_uninterrupted_run_bit_for_bit(tmp_path):
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
+@pytest.mark.slow
+def test_rmsprops_moments_are_never_taken_for_adams(tmp_path):
+    """Its slots are called momentum and velocity as well."""
+    settings = config(1)
+    settings.optimizer.name = "rmsprop"
+    with pytest.raises(InputError, match="holds Adam's moments, but the config has optimizer.name=rmsprop"):
+        experiment.import_tf1(CHECKPOINT, settings, str(tmp_path / "refused"))
+    assert not (tmp_path / "refused").exists()
+    first, second, prefix = (str(tmp_path / name) for name in ("first", "second", "model.ckpt-1"))
+    experiment.train(settings, first)
+    assert "RMSProp's moments are not" in experiment.export_weights(first, "tf1", prefix)
+    state = read_tf1_checkpoint(prefix)
+    assert state.m is None and state.v is None and state.step == 1
+    assert "no Adam moments" in experiment.import_tf1(prefix, settings, second)
+    (_, a), (_, b) = (checkpoints.restore_latest(f"{w}/ckpt") for w in (first, second))
+    for name, array in b.items():
+        if name.startswith("optimizer/"):  # as at the start of a run
+            np.testing.assert_array_equal(array, np.full_like(array, "velocity" in name))
+        else:
+            np.testing.assert_array_equal(array, a[name], err_msg=name)
+
+
 def test_writing_and_reading_is_the_identity(tmp_path):
     state = read_tf1_checkpoint(CHECKPOINT)
     save_tf1_checkpoint(tmp_path / "model.ckpt-12", state)

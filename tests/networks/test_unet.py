@@ -150,3 +150,71 @@ def test_blocks_of_pixels_become_channels():
     expected = tf.nn.depth_to_space(plain({"x_t": tf.nn.space_to_depth(x, 2), "t": t}), 2)
     np.testing.assert_array_equal(blocks({"x_t": x, "t": t}), expected)
     assert UNet.from_config(blocks.get_config()).block_size == 2
+
+
+def loss_and_gradients(remat, *, jit_compile=None, dropout=0.3, shape=(8, 8, 1), batch=2, **kwargs):
+    """(loss, {path: gradient}, bytes of tensors that lived at once) of a training step of a network with drawn weights.
+
+    jit_compile: None: eagerly; else in a tf.function, by XLA or not.
+    """
+    network = UNet(shape, dropout=dropout, remat=remat, **{**TINY, **kwargs})
+    for k, v in enumerate(network.variables):  # off the zero initialisation
+        v.assign(v + 0.05 * tf.random.stateless_normal(v.shape, (0, k)))
+    inputs = {"x_t": tf.random.stateless_normal((batch, *shape), (1, 2)), "t": tf.range(batch) * 7}
+    seeds = tf.stack([tf.range(batch), tf.range(batch) + 5], axis=1)
+
+    def step():
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(network(inputs, training=True, dropout_seed=seeds) ** 2)
+        return loss, tape.gradient(loss, [v.value for v in network.trainable_variables])
+
+    if jit_compile is not None:
+        step = tf.function(step, jit_compile=jit_compile, autograph=False)
+        step()
+    memory = 0
+    try:
+        tf.config.experimental.reset_memory_stats("CPU:0")
+        before = tf.config.experimental.get_memory_info("CPU:0")["current"]
+        loss, gradients = step()
+        memory = tf.config.experimental.get_memory_info("CPU:0")["peak"] - before
+    except ValueError:  # a TensorFlow without oneDNN counts nothing on a CPU
+        loss, gradients = step()
+    paths = [v.path for v in network.trainable_variables]
+    return float(loss), {p: g.numpy() for p, g in zip(paths, gradients, strict=True)}, memory
+
+
+@pytest.mark.parametrize(
+    "jit_compile", [None, pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.slow)]
+)
+def test_remat_gives_the_same_loss_and_gradients(jit_compile):
+    """With dropout. Not to the bit: the compilers join other operations, and what temb receives is added in another order."""
+    (loss, kept, _), (again, recomputed, _) = (loss_and_gradients(r, jit_compile=jit_compile) for r in (False, True))
+    assert again == pytest.approx(loss, rel=1e-6)
+    assert kept.keys() == recomputed.keys()
+    largest = max(np.abs(g).max() for g in kept.values())
+    for path, gradient in kept.items():
+        # A key's bias has gradient 0 but for rounding.
+        tolerance = 1e-6 * largest if path.endswith("k/bias") else 2e-5 * np.abs(gradient).max()
+        np.testing.assert_allclose(recomputed[path], gradient, rtol=0, atol=tolerance, err_msg=path)
+
+
+def test_remat_changes_no_path_and_no_weight():
+    network = UNet((8, 8, 1), remat=True, dropout=0.1, **TINY)
+    plain = UNet((8, 8, 1), dropout=0.1, **TINY)
+    assert [v.path for v in network.variables] == [v.path for v in plain.variables]
+    for a, b in zip(network.get_weights(), plain.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    twin = UNet.from_config(network.get_config())
+    assert twin.remat and twin.get_config() == network.get_config()
+    assert not UNet.from_config({k: v for k, v in plain.get_config().items() if k != "remat"}).remat
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_remat_lowers_the_memory_of_a_step(jit_compile):
+    """Neither compiler takes the second computation for a repetition of the first."""
+    size = {"shape": (32, 32, 1), "batch": 8, "num_res_blocks": 3, "ch_mult": (1,), "attn_resolutions": ()}
+    (_, _, kept), (_, _, recomputed) = (loss_and_gradients(r, jit_compile=jit_compile, **size) for r in (False, True))
+    if not kept:
+        pytest.skip("this TensorFlow does not count the memory of a CPU")
+    assert recomputed < 0.7 * kept
