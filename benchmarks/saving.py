@@ -32,7 +32,7 @@ def main(name):
     iterator = iter(make_dataset(ArraySource(images), batch_size=config.data.batch_size, seed=0))
     model.make_train_function()
     model.train_function(iterator)
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         saving = Checkpoints(
             0,
             folder=folder,
