@@ -4,9 +4,10 @@
 
 Every field of the config can be overridden: --config.data.batch_size=64. Started again on the same workdir, training
 goes on from the newest checkpoint that verifies.
-Leaves with 0, with 2 for anything wrong before it starts, 65 for data that break in the middle of the run, 70 when numbers are
-no longer finite, 73 when the workdir cannot be written to or is in use, 74 when the disk is full or fails, 76 when no
-checkpoint verifies, and 143 or 130 after SIGTERM or SIGINT, its state saved. More: docs/training.md.
+Leaves with 0, with 2 for anything wrong before it starts, 65 for data that break in the middle of the run, 69 when another
+worker is lost (start all again), 70 when numbers are no longer finite, 73 when the workdir cannot be written to or is in use,
+74 when the disk is full or fails, 76 when no checkpoint verifies, and 143 or 130 after SIGTERM or SIGINT, its state saved.
+More: docs/training.md, docs/multi_gpu.md.
 """
 
 from absl import flags
@@ -15,6 +16,7 @@ from ml_collections import config_flags
 from ddpm_tf import app, experiment
 from ddpm_tf.errors import InputError
 from ddpm_tf.experiment.resume import NAN_POLICIES, StartOptions
+from ddpm_tf.training.distribution import STRATEGIES
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A config file: configs/*.py.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, checkpoints, metrics, samples.")
@@ -38,6 +40,13 @@ _EMA = flags.DEFINE_bool(
     "ema_from_weights", False, "Where a checkpoint has no moving average, begin it with the weights."
 )
 _DATA = flags.DEFINE_bool("allow_data_change", False, "Go on although the data set is not the one the run began with.")
+_STRATEGY = flags.DEFINE_enum(
+    "strategy", _START.strategy, STRATEGIES,
+    "default: one device; mirrored: the GPUs of this machine; multi_worker: the workers in TF_CONFIG; auto: what is there.",
+)  # fmt: skip
+_JOIN = flags.DEFINE_float(
+    "join_timeout_s", _START.join_timeout_s, "With several workers, seconds in which they wait for each other."
+)
 _EXACT = flags.DEFINE_bool("require_exact", False, "Refuse to go on where the result would not be bit-exact.")
 
 
@@ -58,6 +67,8 @@ def main(_):
         ema_from_weights=_EMA.value,
         allow_data_change=_DATA.value,
         require_exact=_EXACT.value,
+        strategy=_STRATEGY.value,
+        join_timeout_s=_JOIN.value,
     )
     experiment.train(_CONFIG.value, _WORKDIR.value, start)
 

@@ -8,7 +8,7 @@ import tempfile
 from absl import app, flags, logging
 
 from ddpm_tf import config as config_lib
-from ddpm_tf.errors import InputError, Interrupted, RunError, StorageError, storage_advice
+from ddpm_tf.errors import InputError, Interrupted, PeerLostError, RunError, StorageError, storage_advice
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -51,6 +51,10 @@ def _guarded(main, argv):
         print(e, file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(e.exit_code)  # a thread may be in the middle of a grid: Python would wait for it, or crash
+    except PeerLostError as e:
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(e.exit_code)  # what waits for the other worker in C++ would be waited for
     except KeyboardInterrupt:
         _leave("Stopped by SIGINT.", 130, "")
     except (RunError, OSError) as e:

@@ -29,10 +29,10 @@ def build_source(config, *, download=False, read_only=False):
     )  # fmt: skip
 
 
-def build_dataset(config, source, *, start_step):
+def build_dataset(config, source, *, start_step, replicas=(0, 1, 1)):
     return make_dataset(
         source, batch_size=config.data.batch_size, seed=config.seed, start_step=start_step,
-        random_flip=config.data.random_flip,
+        random_flip=config.data.random_flip, replicas=replicas,
     )  # fmt: skip
 
 

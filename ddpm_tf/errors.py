@@ -29,6 +29,12 @@ class BadDataError(RunError):
     exit_code = 65
 
 
+class PeerLostError(RunError):
+    """Another worker of a run on several machines is gone: start all of them again."""
+
+    exit_code = 69
+
+
 class NumericsError(RunError):
     """Numbers that are not finite, and nothing sensible left to do."""
 

@@ -181,7 +181,7 @@ def test_cifar10_is_the_papers():
     config = cifar10.get_config()
     assert config.network.to_dict() == {
         "name": "unet", "ch": 128, "ch_mult": (1, 2, 2, 2), "num_res_blocks": 2, "attn_resolutions": (16,),
-        "dropout": 0.1, "resamp_with_conv": True, "block_size": 1,
+        "dropout": 0.1, "resamp_with_conv": True, "block_size": 1, "remat": False,
     }  # fmt: skip
     assert (config.diffusion.variance, config.train.ema_decay, config.train.num_steps) == (
         "fixed_large",

@@ -14,7 +14,7 @@ from ddpm_tf.bundles import assign
 from ddpm_tf.data.manifest import difference, digest
 from ddpm_tf.errors import InputError, NoValidCheckpointError, StorageError, WorkdirError
 from ddpm_tf.experiment import StartOptions, resume, training
-from ddpm_tf.training import checkpoints
+from ddpm_tf.training import callbacks, checkpoints
 from ddpm_tf.training.fingerprint import changes, fingerprint
 from tests.conftest import rows, state, tiny_config
 
@@ -89,9 +89,7 @@ def test_names_that_do_not_fit_are_told(copy):
 @pytest.mark.slow
 def test_a_warm_start_takes_weights_and_average_and_nothing_else(workdir, tmp_path, monkeypatch):
     trained = state(workdir)[1]
-    monkeypatch.setattr(
-        training.callbacks.Checkpoints, "on_step", lambda *_: None
-    )  # as if killed before the first save
+    monkeypatch.setattr(callbacks.Checkpoints, "on_step", lambda *_: None)  # as if killed before the first save
     experiment.train(tiny_config(1), str(tmp_path / "b"), StartOptions(init_from=str(workdir)))
     monkeypatch.undo()
     step, tensors = state(tmp_path / "b")

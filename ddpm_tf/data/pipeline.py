@@ -26,7 +26,7 @@ def batch_indices(step, *, num_examples, batch_size, seed):
     return tf.raw_ops.RandomIndexShuffle(index=index, seed=seeds, max_index=num_examples - 1)
 
 
-def make_dataset(source, *, batch_size, seed, start_step=0, random_flip=False):
+def make_dataset(source, *, batch_size, seed, start_step=0, random_flip=False, replicas=(0, 1, 1)):
     """An endless tf.data.Dataset of global batches, beginning with the batch of `start_step`.
 
     Args:
@@ -35,6 +35,8 @@ def make_dataset(source, *, batch_size, seed, start_step=0, random_flip=False):
         seed: int.
         start_step: the first training step.
         random_flip: mirror each image with probability 1/2, drawn from (seed, step, position).
+        replicas: (first, count, of): the batches of the replicas first, ..., first + count - 1 of `of`, one after the other,
+            each B / of images, contiguous in the global batch.
 
     Returns:
         batches {"image": float32 [B, H, W, C] in [-1, 1], ("label": int32 [B])}.
@@ -47,15 +49,19 @@ def make_dataset(source, *, batch_size, seed, start_step=0, random_flip=False):
             f"data.batch_size={batch_size} is larger than the data set, which has {source.num_examples} images."
         )
 
-    def load(step):
+    first, count, of = replicas
+    size = batch_size // of
+
+    def load(k):
+        step, begin = start_step + k // count, (first + tf.cast(k % count, tf.int32)) * size
         indices = batch_indices(step, num_examples=source.num_examples, batch_size=batch_size, seed=seed)
-        batch = source.read(indices)
-        images = tf.ensure_shape(batch["image"], [batch_size, *source.image_shape])
+        batch = source.read(indices[begin : begin + size])
+        images = tf.ensure_shape(batch["image"], [size, *source.image_shape])
         if random_flip:
-            index = tf.range(batch_size)
+            index = begin + tf.range(size)
             flip = rng.bernoulli(seed, 0.5, (1, 1, 1), purpose=rng.Purpose.FLIP, index=index, step=step)
             images = tf.where(flip, images[:, :, ::-1], images)
         return {**batch, "image": from_uint8(tf.cast(images, tf.float32))}
 
-    steps = tf.data.Dataset.range(start_step, tf.int64.max)
-    return steps.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(2)
+    numbers = tf.data.Dataset.range(tf.int64.max)
+    return numbers.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(2)

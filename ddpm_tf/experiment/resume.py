@@ -13,6 +13,7 @@ from ddpm_tf.data.manifest import difference
 from ddpm_tf.errors import InputError
 from ddpm_tf.experiment.workdir import newest
 from ddpm_tf.training import checkpoints
+from ddpm_tf.training.cluster import JOIN_TIMEOUT_S
 from ddpm_tf.training.fingerprint import changes
 
 NAN_POLICIES = ("skip", "stop")
@@ -29,6 +30,8 @@ class StartOptions(NamedTuple):
     ema_from_weights: where a checkpoint has no moving average, begin it with the weights.
     allow_data_change: go on although the data set is not the one the run began with.
     require_exact: refuse to go on where the result would not be bit-exact.
+    strategy: auto, default, mirrored or multi_worker, see `make_strategy`.
+    join_timeout_s: how long the workers of a run wait for each other at its start.
     """
 
     download: bool = False
@@ -39,6 +42,8 @@ class StartOptions(NamedTuple):
     ema_from_weights: bool = False
     allow_data_change: bool = False
     require_exact: bool = False
+    strategy: str = "auto"
+    join_timeout_s: float = JOIN_TIMEOUT_S
 
 
 def restore(model, workdir, start, *, fingerprint):
@@ -70,13 +75,15 @@ def restore(model, workdir, start, *, fingerprint):
     return step
 
 
-def check_data(source, workdir, start):
+def check_data(source, workdir, start, *, found=None):
     """Compare the data set with the one the run began with; returns its manifest, to be written to data.json.
+
+    found: the manifest, where the caller has it.
 
     Raises:
         InputError: another data set, with the counts and the first file that differs.
     """
-    path, found = os.path.join(workdir, "data.json"), manifest(source)
+    path, found = os.path.join(workdir, "data.json"), found or manifest(source)
     if not os.path.exists(path):
         return found
     try:

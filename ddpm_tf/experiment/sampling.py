@@ -105,14 +105,20 @@ def sample_images(workdir, *, out=None, ema=True, **overrides):
     return out
 
 
-def sample_in_batches(network, sampler, settings, *, progress=False):
-    """uint8 [num_images, H, W, C] from the seeds settings.seed, settings.seed + 1, ..."""
-    batches = []
-    with tqdm(total=settings.num_images, unit=" images", desc="sampling", disable=not progress) as bar:
-        for first in range(0, settings.num_images, settings.batch_size):
-            count = min(settings.batch_size, settings.num_images - first)
-            seeds = settings.seed + np.arange(first, first + count, dtype=np.int64)
-            batch = sample(network, sampler, seeds).images
+def sample_in_batches(network, sampler, settings, *, part=slice(None), draw=None, progress=False):
+    """uint8 [num_images, H, W, C] from the seeds settings.seed, settings.seed + 1, ...
+
+    Args:
+        part: of the seeds, the ones that are wanted.
+        draw: draw(seeds) -> float32 [N, H, W, C]; None: `sample`.
+    """
+    wanted = settings.seed + np.arange(settings.num_images, dtype=np.int64)[part]
+    batches = [np.zeros((0, *network.image_shape), np.uint8)]
+    with tqdm(total=len(wanted), unit=" images", desc="sampling", disable=not progress) as bar:
+        for first in range(0, len(wanted), settings.batch_size):
+            seeds = wanted[first : first + settings.batch_size]
+            count = len(seeds)
+            batch = draw(seeds) if draw else sample(network, sampler, seeds).images
             if not np.isfinite(batch).all():
                 bad = seeds[~np.isfinite(batch).reshape(count, -1).all(axis=1)]
                 raise NumericsError(_explain_not_finite(network, sampler, int(bad[0])))

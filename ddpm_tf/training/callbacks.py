@@ -157,17 +157,20 @@ class SampleGrids(StepCallback):
     """Draws a grid every `every` steps and at the end, unless training is being stopped.
 
     Args:
-        draw: draw(step).
+        draw: draw(step) -> what is drawn, without talking to other workers.
+        show: show(step, drawn), writes it.
         is_drawn: is_drawn(step), whether its pictures are there; a run that was stopped while drawing draws them first.
         stop: StopOnSignal.
+        cluster: Cluster; all workers draw, and stop drawing, together.
 
     A grid takes long. It is drawn by a thread of its own, so that a signal is answered meanwhile: the state after the
     step is saved and the grid given up.
     """
 
-    def __init__(self, start_step, *, every, num_steps, draw, is_drawn, stop):
+    def __init__(self, start_step, *, every, num_steps, draw, show, is_drawn, stop, cluster):
         super().__init__(start_step)
-        self.every, self.num_steps, self.draw, self.is_drawn, self.stop = every, num_steps, draw, is_drawn, stop
+        self.every, self.num_steps, self.stop, self.cluster = every, num_steps, stop, cluster
+        self.draw, self.show, self.is_drawn = draw, show, is_drawn
 
     def on_train_begin(self, logs=None):
         if self.start_step and not self.is_drawn(self.start_step):
@@ -178,12 +181,15 @@ class SampleGrids(StepCallback):
             return
         drawing = concurrent.futures.Future()
         threading.Thread(target=self._draw_into, args=(drawing, step), daemon=True).start()
-        while not drawing.done():
+        done = 0
+        while done < self.cluster.size:
             concurrent.futures.wait([drawing], timeout=0.1)
-            if self.stop.signal is not None:
-                self.stop.on_step(step, logs)
+            state = np.array([drawing.done(), self.stop.signal is not None], np.int64)
+            done, wishes = self.cluster.all_reduce(state)
+            if wishes:
+                self.stop.stop(step)
                 return
-        drawing.result()
+        self.show(step, drawing.result())
 
     def _draw_into(self, drawing, step):
         try:

@@ -1,7 +1,14 @@
 """Devices: what is set before any of them is used, and the strategy that training runs under."""
 
+import signal
+
 import tensorflow as tf
 from absl import logging
+
+from ddpm_tf.errors import InputError, unknown_name
+from ddpm_tf.training.cluster import JOIN_TIMEOUT_S, Cluster, alarm, meet, read_tf_config
+
+STRATEGIES = ("auto", "default", "mirrored", "multi_worker")
 
 
 def configure_devices(*, deterministic=False, tf32=False):
@@ -19,8 +26,58 @@ def configure_devices(*, deterministic=False, tf32=False):
         tf.config.experimental.enable_op_determinism()
 
 
-def make_strategy():
-    """MirroredStrategy over all GPUs, or the default strategy where there is none."""
-    if tf.config.list_physical_devices("GPU"):
-        return tf.distribute.MirroredStrategy()
-    return tf.distribute.get_strategy()
+def make_strategy(name="auto", *, join_timeout_s=JOIN_TIMEOUT_S):
+    """The strategy, and the Cluster of its workers; to be made before anything else is computed.
+
+    Args:
+        name: default (one device), mirrored (all GPUs of this machine), multi_worker (the workers that the environment
+            variable TF_CONFIG names: NCCL between GPUs, else gRPC), or auto: multi_worker where TF_CONFIG names more than
+            one, else mirrored where there is a GPU, else default.
+        join_timeout_s: how long the workers wait for each other.
+
+    Raises:
+        InputError: an unknown name, a TF_CONFIG or an address that cannot be used, a worker that does not come.
+    """
+    if name not in STRATEGIES:
+        raise unknown_name("--strategy", name, STRATEGIES)
+    workers = read_tf_config() if name in ("auto", "multi_worker") else None
+    if workers and len(workers.addresses) > 1:
+        return _join(workers, join_timeout_s), Cluster(workers)
+    if name == "multi_worker":
+        found = "names one worker" if workers else "is not set"
+        raise InputError(f"--strategy=multi_worker needs TF_CONFIG with at least two workers; it {found}.")
+    if name == "mirrored" or (name == "auto" and tf.config.list_physical_devices("GPU")):
+        return tf.distribute.MirroredStrategy(), Cluster()
+    return tf.distribute.get_strategy(), Cluster()
+
+
+def _join(workers, timeout_s):
+    own = workers.addresses[workers.index]
+    logging.info("Worker %d at %s: waiting for %s.", workers.index, own, " ".join(workers.addresses))
+    meet(workers, timeout_s)
+    kind = tf.distribute.experimental.CommunicationImplementation
+    gpus = len(tf.config.list_physical_devices("GPU"))
+    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+        tf.train.ClusterSpec({"worker": list(workers.addresses)}), task_type="worker", task_id=workers.index,
+        num_accelerators={"GPU": gpus}, rpc_layer="grpc",
+    )  # fmt: skip
+    options = tf.distribute.experimental.CommunicationOptions(implementation=kind.NCCL if gpus else kind.AUTO)
+    previous = signal.getsignal(signal.SIGTERM)
+    with alarm(timeout_s):
+        strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver, options)
+    signal.signal(signal.SIGTERM, previous)  # TensorFlow takes SIGTERM for its own notice of preemption
+    logging.info("%d workers, %d replicas.", len(workers.addresses), strategy.num_replicas_in_sync)
+    return strategy
+
+
+def distribute(strategy, cluster, make_part):
+    """What `fit` takes: a dataset, which one process shares among its replicas by itself, or this worker's part.
+
+    Args:
+        make_part: make_part((first, count, of)), as `replicas` of `make_dataset`.
+    """
+    if cluster.size == 1:
+        return make_part((0, 1, 1))
+    replicas = strategy.num_replicas_in_sync
+    local = replicas // cluster.size
+    return strategy.distribute_datasets_from_function(lambda _: make_part((cluster.index * local, local, replicas)))

@@ -43,7 +43,9 @@ class DiffusionModel(keras.Model):
             anything any more. At least 1. Overflows that a smaller loss scale can cure do not count (float16).
         micro_batches: the gradient of a batch is the mean of that many parts', one after the other; saves memory.
 
-    `skipped_total`, `skipped_in_a_row` and `skipped_steps` (the numbers of the last ones, -1 before) count such steps.
+    `skipped_total`, `skipped_in_a_row` and `skipped_steps` (the numbers of the last ones, -1 before) count such steps;
+    `not_finite_at` [replicas] is the last step at which a replica's own loss or gradient was not finite, where there are
+    several. `stop_votes` is the sum over replicas of `stop_wish`, which each process may set, as of the last step.
 
     `fit` takes batches {"image": float32 [B, H, W, C] in [-1, 1], "label": int32 [B] (optional)}, B divisible by the
     number of replicas; make, compile and fit the model inside `strategy.scope()`.
@@ -83,6 +85,8 @@ class DiffusionModel(keras.Model):
         self.loss_scale = LossScale(network.compute_dtype == "float16")
         self.skipped_total, self.skipped_in_a_row = _counter(0), _counter(0)
         self.skipped_steps = _counter([-1] * _REMEMBERED)
+        self.stop_wish, self.stop_votes = _counter(0), _counter(0)
+        self.not_finite_at = _counter([-1] * tf.distribute.get_strategy().num_replicas_in_sync)
         self.built = True
 
     def compile(self, optimizer, *, jit_compile=False, steps_per_execution=1):
@@ -109,8 +113,10 @@ class DiffusionModel(keras.Model):
             "loss_scale": self.loss_scale.factor(),
         }
         reduced, gradients = strategy.run(self._gradient_step, (batch,))
-        loss, norm, clipped, sums = (strategy.experimental_local_results(v)[0] for v in reduced)
+        loss, norm, clipped, sums, signs = (strategy.experimental_local_results(v)[0] for v in reduced)
         logs |= {"loss": loss, "grad_norm": norm, "grad_norm_clipped": clipped, **diagnostics.quarter_logs(sums)}
+        self.stop_votes.assign(tf.cast(signs[-1], tf.int64))
+        self.not_finite_at.assign(tf.where(signs[:-1] > 0, tf.cast(step, tf.int64), self.not_finite_at))
         is_finite = tf.math.is_finite(loss) & tf.math.is_finite(norm)
 
         def update():
@@ -136,8 +142,8 @@ class DiffusionModel(keras.Model):
         return self.skipped_total.assign_add(skipped)
 
     def _gradient_step(self, batch):
-        """((loss, norm before and after clipping, sums by quarter), gradients) of the global batch; the same on every
-        replica."""
+        """((loss, norm before and after clipping, sums by quarter, signs), gradients) of the global batch; the same on
+        every replica."""
         context = tf.distribute.get_replica_context()
         replicas = context.num_replicas_in_sync
         images, labels = self._checked(batch)
@@ -147,14 +153,16 @@ class DiffusionModel(keras.Model):
         # Gradient of the mean over the global batch
         loss, sums, gradients = self._accumulated(images, labels, index, self.loss_scale.factor() / replicas)
         gradients = self.loss_scale.unscaled(gradients)
+        signs = self._signs(context, loss, gradients)
         if self.grad_clip_mode == "per_replica":
             gradients, _ = self._clip(gradients, self.grad_clip / replicas)
-        loss, sums, *gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, [loss / replicas, sums, *gradients])
+        own = [loss / replicas, sums, signs, *gradients]
+        loss, sums, signs, *gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, own)
         norm = clipped = tf.linalg.global_norm(gradients)
         if self.grad_clip_mode == "global":
             gradients, norm = self._clip(gradients, self.grad_clip)
             clipped = tf.minimum(norm, self.grad_clip) if self.grad_clip else norm
-        return (loss, norm, clipped, sums), gradients
+        return (loss, norm, clipped, sums, signs), gradients
 
     def _accumulated(self, images, labels, index, scale):
         """`_loss_and_gradient` of this replica's examples, in `micro_batches` parts."""
@@ -174,6 +182,16 @@ class DiffusionModel(keras.Model):
         begin = (0, tf.constant(0.0), tf.zeros([3, diagnostics.QUARTERS]), *zeros)
         _, loss, sums, *gradients = tf.while_loop(lambda k, *_: k < parts, body, begin, parallel_iterations=1)
         return loss, sums, gradients
+
+    def _signs(self, context, loss, gradients):
+        """float32 [replicas + 1]: 1 in this replica's place where its own numbers are not finite; last, the wish to stop."""
+        replicas = context.num_replicas_in_sync
+        wish = tf.cast(self.stop_wish.value(), tf.float32)
+        if replicas == 1:
+            return tf.stack([0.0, wish])
+        is_bad = ~tf.math.is_finite(loss + tf.linalg.global_norm(gradients))
+        own = tf.one_hot(context.replica_id_in_sync_group, replicas) * tf.cast(is_bad, tf.float32)
+        return tf.concat([own, [wish]], axis=0)
 
     def _update(self, gradients):
         """Weights, moments and average from the global batch's gradients, which the optimizer sums over replicas again."""

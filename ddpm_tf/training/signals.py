@@ -16,11 +16,18 @@ class StopOnSignal(StepCallback):
 
     A second signal leaves at once, as does the end of the grace period; a checkpoint that is being written then is left
     half-written, which is harmless: the one before it is the newest that verifies.
+
+    Several workers stop at one step: the wish goes round with the step's gradients, and the chief alone saves.
+
+    Args:
+        checkpoints: Checkpoints, of the chief; None on the others.
+        cluster: Cluster; None: one process.
     """
 
-    def __init__(self, start_step, *, checkpoints, grace_period_s):
+    def __init__(self, start_step, *, checkpoints, grace_period_s, cluster=None):
         super().__init__(start_step)
         self.checkpoints, self.grace_period_s, self.signal = checkpoints, grace_period_s, None
+        self.is_alone = cluster is None or cluster.size == 1
         self._previous = {}
 
     def on_train_begin(self, logs=None):
@@ -58,10 +65,21 @@ class StopOnSignal(StepCallback):
                 return byte[0]
         return 0
 
+    def on_train_batch_begin(self, batch, logs=None):
+        if self.signal is not None and not self.is_alone:
+            self.model.stop_wish.assign(1)
+
     def on_step(self, step, logs):
-        if self.signal is not None:
+        if self.signal is not None if self.is_alone else self.model.stop_votes.numpy():
+            self.stop(step)
+
+    def stop(self, step):
+        """End `fit` after this step, and save its state; every worker comes here at the same step."""
+        if self.signal is None:
+            self.signal = signal.SIGTERM  # of another worker
+        if self.checkpoints:
             self.checkpoints.save(step)
-            self.model.stop_training = True
+        self.model.stop_training = True
 
     def on_train_end(self, logs=None):
         self.release()

@@ -13,7 +13,7 @@ class SkippedSteps(StepCallback):
     """Logs every step that the model skipped, and stops the run when `max_skipped_steps` were skipped in a row.
 
     Args:
-        folder: where the last step that was skipped is dumped then, as `step_k.npz`.
+        folder: where the last step that was skipped is dumped then, as `step_k.npz`; None: nowhere.
         replay: replay(step) -> {name: array}, what the step was computed from: indices, image, t, eps, dropout_seed, ...
     """
 
@@ -31,13 +31,17 @@ class SkippedSteps(StepCallback):
         for skipped in self.model.skipped_steps.numpy()[-new:].tolist():
             inputs = self.replay(skipped)
             last = f"loss {logs['loss']:.4g}, gradient norm {logs['grad_norm']:.4g}; " if skipped == step - 1 else ""
+            is_bad = self.model.not_finite_at.numpy() == skipped  # [replicas]
+            where = (
+                f" on replica {', '.join(map(str, np.flatnonzero(is_bad)))} of {is_bad.size}" if is_bad.any() else ""
+            )
             logging.warning(
-                "Step %d was skipped: its loss or gradient is not finite (%st = %s, examples %s).",
-                skipped, last, inputs["t"].tolist(), inputs["indices"].tolist(),
+                "Step %d was skipped: its loss or gradient is not finite%s (%st = %s, examples %s).",
+                skipped, where, last, inputs["t"].tolist(), inputs["indices"].tolist(),
             )  # fmt: skip
         in_a_row = int(self.model.skipped_in_a_row.numpy())
         if in_a_row >= self.model.max_skipped_steps:
-            path = self._dump(skipped, inputs)
+            path = self._dump(skipped, inputs) if self.folder else "The chief's nan_dump/"
             raise NumericsError(
                 f"The loss or gradient of {in_a_row} steps in a row, up to step {skipped}, was not finite. They changed "
                 f"nothing and were not saved. {path} holds what step {skipped} was computed from. Lower "

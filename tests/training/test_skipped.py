@@ -1,6 +1,7 @@
 """Steps whose loss or gradient is not finite change nothing, are counted, and end a run when there are too many."""
 
 import math
+import types
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from ddpm_tf.networks import UNet
 from ddpm_tf.training import checkpoints
 from ddpm_tf.training.model import DiffusionModel
 from ddpm_tf.training.optimizers import make_optimizer
+from ddpm_tf.training.skipped import SkippedSteps
 from tests.conftest import rows, state, tiny_config
 
 BATCH = 8
@@ -71,6 +73,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_step(replicas, steps_
     got = values(model)
     assert all(np.isfinite(v).all() for v in got.values())
     assert (got["skipped/total"], got["skipped/in_a_row"], got["skipped/steps"][-1]) == (1, 0, 4)
+    assert model.not_finite_at.numpy().tolist() == ([-1, 4] if replicas == 2 else [-1])  # example 5 is the second's
 
     model = make(replicas)
     fit(model, 4)
@@ -95,6 +98,20 @@ def test_after_the_limit_nothing_changes_any_more():
 
 class ScriptedRun(Scripted):
     bad_steps = (3, 5, 6)
+
+
+def test_the_log_names_the_replica_that_was_not_finite(caplog):
+    model = types.SimpleNamespace(
+        skipped_total=tf.constant(0), skipped_in_a_row=tf.constant(1), skipped_steps=tf.constant([-1, 4]),
+        not_finite_at=tf.constant([-1, 4]), max_skipped_steps=20,
+    )  # fmt: skip
+    nothing = {"t": np.array([7]), "indices": np.array([3])}
+    callback = SkippedSteps(0, folder=None, replay=lambda step: nothing)
+    callback.set_model(model)
+    callback.on_train_begin()
+    with caplog.at_level("WARNING"):
+        callback.on_step(5, {"skipped": 1.0, "loss": math.nan, "grad_norm": math.nan})
+    assert "Step 4 was skipped: its loss or gradient is not finite on replica 1 of 2 (loss nan" in caplog.text
 
 
 @pytest.mark.slow
