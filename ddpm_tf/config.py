@@ -45,7 +45,7 @@ FIELDS = (
     Field("network.dropout", 0.0, _FIXED, "Dropout rate, 0 <= rate < 1."),
     Field("network.resamp_with_conv", True, _FIXED, "Resample with a convolution."),
     Field("network.block_size", 1, _FIXED, "Side of the pixel blocks that become channels; saves memory."),
-    Field("network.remat", False, _FREE, "Compute activations again for the gradient: less memory, more time."),
+    Field("network.remat", False, _FREE, "Compute activations again for the gradient: less memory, more time, other rounding."),
     Field("train.num_steps", 800_000, _FREE, "Training ends after this many steps."),
     Field("train.log_every", 100, _FREE, "Interval of metrics.jsonl rows, steps; 0: never."),
     Field("train.checkpoint_every", 5000, _FREE, "Interval of checkpoints, steps; 0: only at the end."),

@@ -182,7 +182,8 @@ def _fit(config, model, source, workdir, start, fingerprint, strategy, cluster):
     except tf.errors.ResourceExhaustedError as e:
         raise InputError(
             f"Out of memory with data.batch_size={config.data.batch_size} and {model.network.count_params():,} "
-            f"parameters: {str(e).partition(chr(10))[0]} Lower data.batch_size, or use more devices. The last "
+            f"parameters: {str(e).partition(chr(10))[0]} Lower data.batch_size, raise "
+            f"train.micro_batches, set network.remat, or use more devices. The last "
             f"checkpoint in {workdir} is kept."
         ) from e
     except tf.errors.OpError as e:  # what a source raises arrives as the text of an op's error
@@ -208,6 +209,7 @@ def _fingerprint(config, strategy, data):
     return make_fingerprint(
         strategy, jit_compile=builders.uses_xla(config), deterministic=config.train.deterministic,
         precision=config.train.precision, tf32=config.train.tf32, micro_batches=config.train.micro_batches,
+        remat=config.network.remat,
         batch_size=config.data.batch_size, seed=config.seed, data=digest(data),
     )  # fmt: skip
 

@@ -35,7 +35,7 @@ class UNet(keras.Model):
         num_classes: number of labels 0 .. num_classes - 1 of a class-conditional network, which also takes the null
             label num_classes; None: unconditional.
         remat: gradient checkpointing: the activations inside residual and attention blocks are not kept for the gradient
-            but computed again. Less memory, more time; the same loss and gradients.
+            but computed again. Less memory, more time; the same loss and gradients but for rounding.
         seed: of the initial weights.
         dtype: a Keras dtype or policy; normalisation statistics and softmax stay float32.
 

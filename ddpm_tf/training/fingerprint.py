@@ -11,7 +11,7 @@ import tensorflow as tf
 from ddpm_tf import __version__
 
 
-def fingerprint(strategy, *, jit_compile, deterministic, precision, tf32, micro_batches, batch_size, seed, data):
+def fingerprint(strategy, *, jit_compile, deterministic, precision, tf32, micro_batches, remat, batch_size, seed, data):
     """{field: value} of software, devices and settings, as JSON can hold it.
 
     Args:
@@ -32,6 +32,7 @@ def fingerprint(strategy, *, jit_compile, deterministic, precision, tf32, micro_
         "threads": tf.config.threading.get_intra_op_parallelism_threads() or len(os.sched_getaffinity(0)),
         "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "default"),
         "xla": jit_compile,
+        "remat": remat,
         "deterministic": deterministic,
         "precision": precision,
         "tf32": tf32,

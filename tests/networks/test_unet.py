@@ -193,8 +193,8 @@ def test_remat_gives_the_same_loss_and_gradients(jit_compile):
     assert kept.keys() == recomputed.keys()
     largest = max(np.abs(g).max() for g in kept.values())
     for path, gradient in kept.items():
-        # A key's bias has gradient 0 but for rounding.
-        tolerance = 1e-6 * largest if path.endswith("k/bias") else 2e-5 * np.abs(gradient).max()
+        # Where the gradient is 0 but for rounding (a key's bias, what a group of one channel forgets), only the second.
+        tolerance = 1e-5 * np.abs(gradient).max() + 1e-7 * largest
         np.testing.assert_allclose(recomputed[path], gradient, rtol=0, atol=tolerance, err_msg=path)
 
 
@@ -213,7 +213,7 @@ def test_remat_changes_no_path_and_no_weight():
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_remat_lowers_the_memory_of_a_step(jit_compile):
     """Neither compiler takes the second computation for a repetition of the first."""
-    size = {"shape": (32, 32, 1), "batch": 8, "num_res_blocks": 3, "ch_mult": (1,), "attn_resolutions": ()}
+    size = {"shape": (64, 64, 1), "batch": 4, "num_res_blocks": 2, "ch_mult": (1, 1, 1), "attn_resolutions": ()}
     (_, _, kept), (_, _, recomputed) = (loss_and_gradients(r, jit_compile=jit_compile, **size) for r in (False, True))
     if not kept:
         pytest.skip("this TensorFlow does not count the memory of a CPU")

@@ -1,3 +1,5 @@
+import inspect
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -52,13 +54,17 @@ def images(n=64, shape=(8, 8, 1)):
     return np.random.Generator(np.random.PCG64(0)).integers(0, 256, (n, *shape), np.uint8)
 
 
-def train(replicas, steps, *, steps_per_execution=1, dropout=0.0, grad_clip=0.5, mode="global", probe=None):
+def train(
+    replicas, steps, *, steps_per_execution=1, dropout=0.0, grad_clip=0.5, mode="global", remat=False, probe=None
+):
     """A small model after `steps` steps, on 1 or 2 replicas with the same global batch of 8."""
     devices = [f"CPU:{i}" for i in range(replicas)]
     strategy = tf.distribute.MirroredStrategy(devices) if replicas > 1 else tf.distribute.get_strategy()
     dataset = make_dataset(ArraySource(images()), batch_size=8, seed=0, random_flip=True)
     with strategy.scope():
-        network = UNet((8, 8, 1), ch=64, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), dropout=dropout)
+        network = UNet(
+            (8, 8, 1), ch=64, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), dropout=dropout, remat=remat
+        )
         model = DiffusionModel(
             network, GaussianDiffusion(SCHEDULE), seed=3, ema_decay=0.9, grad_clip=grad_clip, grad_clip_mode=mode
         )
@@ -82,6 +88,14 @@ def test_two_replicas_are_one():
     (one, log), (two, log_two) = (train(replicas, 10, dropout=0.1) for replicas in (1, 2))
     np.testing.assert_allclose(log.history["loss"], log_two.history["loss"], rtol=1e-5)
     assert_same_weights(one, two, 1e-5)
+
+
+@pytest.mark.slow
+def test_remat_is_the_same_training_on_one_and_two_replicas():
+    """To the rounding of the compiled graph, as between one and two replicas."""
+    plain, _ = train(1, 4, dropout=0.1)
+    for replicas in (1, 2):
+        assert_same_weights(plain, train(replicas, 4, dropout=0.1, remat=True)[0], 1e-5)
 
 
 @pytest.mark.slow
@@ -196,4 +210,26 @@ def test_the_two_keras_methods_that_are_replaced_still_exist():
     """keras is pinned below the next minor version because these are private; a rename must not pass unseen."""
     from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 
-    assert callable(TensorFlowTrainer._maybe_symbolic_build) and callable(TensorFlowTrainer.make_train_function)
+    def parameters(method):
+        return {name: p.default for name, p in inspect.signature(method).parameters.items() if name != "self"}
+
+    for name in ("_maybe_symbolic_build", "make_train_function"):
+        assert parameters(getattr(TensorFlowTrainer, name)) == parameters(getattr(DiffusionModel, name)), name
+        assert f"self.{name}(" in inspect.getsource(TensorFlowTrainer.fit)
+
+
+def test_fit_runs_our_train_function():
+    """One call of `self.train_function` for each `steps_per_execution` steps, with the iterator as its only argument."""
+    model, calls = DiffusionModel(tiny_network(), GaussianDiffusion(SCHEDULE)), []
+    model.compile(make_optimizer())
+
+    def make_train_function(force=False):
+        model.train_function = lambda iterator: (
+            calls.append(next(iterator)["image"]) or {"calls": tf.constant(len(calls))}
+        )
+
+    model.make_train_function = make_train_function
+    dataset = make_dataset(ArraySource(images()), batch_size=4, seed=0)
+    history = model.fit(dataset, steps_per_epoch=3, verbose=0, shuffle=False)
+    assert len(calls) == 3 and all(c.shape == (4, 8, 8, 1) for c in calls)
+    assert history.history["calls"] == [3]
