@@ -1,6 +1,7 @@
 """Every configuration field: its default, meaning and unit, and whether it may change when a run goes on."""
 
 import difflib
+import hashlib
 import json
 from typing import Any, NamedTuple
 
@@ -184,6 +185,13 @@ def differences(old, new):
     """[(field, old value, new value)] of two configs."""
     pairs = ((field, get(old, field.path), get(new, field.path)) for field in FIELDS)
     return [(field, a, b) for field, a, b in pairs if a != b]
+
+
+def digest(config):
+    """SHA-256 of the fields that change what a step computes: the fixed ones and the optimizer's."""
+    fields = [f.path for f in FIELDS if not f.free or f.path.startswith("optimizer.")]
+    text = json.dumps({path: get(config, path) for path in fields}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def suggest(path):

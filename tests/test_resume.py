@@ -1,7 +1,9 @@
 """What a run goes on from, and what keeps it from going on."""
 
+import errno
 import json
 import logging
+import os
 import shutil
 
 import numpy as np
@@ -56,10 +58,11 @@ def test_going_on_from_every_step_of_forty_gives_the_same_end(tmp_path):
         assert_equal({name: v.numpy() for name, v in checkpoints.variables_by_name(model).items()}, expected)
 
 
-def restore(workdir, start=StartOptions(), *, fingerprint=None):  # noqa: B008
+def restore(workdir, start=StartOptions(), *, fingerprint={}):  # noqa: B006, B008
     """What a run of the tiny config would go on from: (step, tensors)."""
-    model = builders.build_model(tiny_config(), tf.distribute.get_strategy())
-    step = resume.restore(model, str(workdir), start, fingerprint=fingerprint)
+    config = tiny_config()
+    model = builders.build_model(config, tf.distribute.get_strategy())
+    step = resume.restore(model, config, str(workdir), start, fingerprint=fingerprint)
     return step, {name: v.numpy() for name, v in checkpoints.variables_by_name(model).items()}
 
 
@@ -139,7 +142,7 @@ def test_what_is_not_bit_exact_any_more_is_told(copy, caplog):
 def test_a_fingerprint_is_the_same_on_the_same_machine_and_names_what_differs():
     def make(**kwargs):
         settings = {"jit_compile": False, "deterministic": False, "precision": "float32", "tf32": False}
-        settings |= {"micro_batches": 1, "remat": False, "batch_size": 8, "seed": 0, "data": "x"}
+        settings |= {"micro_batches": 1, "remat": False, "batch_size": 8, "seed": 0, "config": "y", "data": "x"}
         return fingerprint(tf.distribute.get_strategy(), **settings | kwargs)
 
     assert make() == make() == json.loads(json.dumps(make()))
@@ -171,7 +174,7 @@ def test_another_data_set_is_refused_with_counts_and_the_first_file(tmp_path):
         found()
     (folder / "3.png").write_bytes(content)
     shutil.copy(folder / "0.png", folder / "05.png")
-    with pytest.raises(InputError, match=r"9 images then, 10 now; file 0 was '0.png' .* is '0.png'|'05.png'"):
+    with pytest.raises(InputError, match=r"9 images then, 10 now; file 1 was '1.png' .* is '05.png'"):
         found()
     source = builders.build_source(folder_config(folder))
     changed = resume.check_data(source, str(tmp_path / "w"), StartOptions(allow_data_change=True))
@@ -183,6 +186,7 @@ def test_a_manifest_does_not_depend_on_where_the_data_are_held():
     streamed = {**held, "sha256": {}}
     assert difference(held, streamed) is None and digest(held) == digest(streamed)
     assert difference(held, {**held, "sha256": {"image": "y"}}) == "2 images then, 2 now; the contents of image changed"
+    assert "file 1 was 'b' (2 bytes) and is 'b' (3 bytes)" in difference(held, {**held, "files": [["a", 1], ["b", 3]]})
     less = {**held, "num_examples": 1, "files": [["a", 1]]}
     assert difference(held, less) == "2 images then, 1 now; file 1 was 'b' (2 bytes) and is nothing"
 
@@ -201,3 +205,88 @@ def test_a_workdir_that_cannot_be_written_to_is_refused_before_anything_is_built
     with pytest.raises(WorkdirError, match="cannot be written to: no right to write in"):
         experiment.train(tiny_config(), str(tmp_path / "a" / "b"))
     assert not (tmp_path / "a").exists()
+
+
+def test_an_error_of_reading_renames_nothing(copy, monkeypatch):
+    digest = checkpoints._sha256
+
+    def flaky(path):
+        if "step_000000000004" in str(path):
+            raise OSError(errno.EIO, "Input/output error")
+        return digest(path)
+
+    monkeypatch.setattr(checkpoints, "_sha256", flaky)
+    assert checkpoints.restore_latest(copy / "ckpt", quarantine=True)[0] == 2
+    monkeypatch.undo()
+    assert state(copy)[0] == 4
+    checkpoints.save(str(copy / "ckpt"), 4, {"step": np.array(44)}, {}, keep=2)  # and step 4 can be written again
+    assert state(copy)[1]["step"] == 44
+
+    def too_many(path):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(checkpoints, "_sha256", too_many)
+    with pytest.raises(StorageError, match="ulimit -n"):
+        checkpoints.restore_latest(copy / "ckpt", quarantine=True)
+    monkeypatch.undo()
+    assert checkpoints.list_steps(copy / "ckpt") == [2, 4]
+
+
+def test_a_reader_goes_on_when_folders_are_pruned_under_it(copy, monkeypatch):
+    shutil.rmtree(checkpoints.step_folder(copy / "ckpt", 2))
+    verify = checkpoints.verify
+
+    def pruned(path):  # while it reads, step 6 is written and step 4 pruned
+        if str(path).endswith("4"):
+            os.rename(path, checkpoints.step_folder(copy / "ckpt", 6))
+        verify(path)
+
+    monkeypatch.setattr(checkpoints, "verify", pruned)
+    assert checkpoints.restore_latest(copy / "ckpt")[0] == 6
+
+
+@pytest.mark.slow
+def test_a_finished_run_whose_last_checkpoint_is_damaged_is_finished_again(workdir, copy):
+    expected = state(workdir)[1]
+    (copy / "ckpt" / "step_000000000004" / "state.index").write_bytes(b"")
+    experiment.train(tiny_config(), str(copy))
+    assert state(copy)[0] == 4
+    assert_equal(state(copy)[1], expected)
+
+
+def test_the_config_is_compared_with_the_checkpoints_too(copy):
+    text = (copy / "config.json").read_text().replace('"ema_decay": 0.995', '"ema_decay": 0.5')
+    (copy / "config.json").write_text(text)
+    config = tiny_config()
+    config.train.ema_decay = 0.5
+    with pytest.raises(InputError, match=r"checkpoint of step 4 .*(.|\n)*train.ema_decay +0.995 +0.5"):
+        experiment.train(config_with_steps(config, 5), str(copy))
+
+
+def config_with_steps(config, num_steps):
+    config.train.num_steps = num_steps
+    return config
+
+
+def test_a_warm_start_that_does_not_fit_leaves_no_config_behind(workdir, tmp_path):
+    config = tiny_config()
+    config.network.ch = 64
+    with pytest.raises(InputError, match="--init_from=.* does not fit"):
+        experiment.train(config, str(tmp_path / "w"), StartOptions(init_from=str(workdir)))
+    assert not (tmp_path / "w" / "config.json").exists()
+
+
+def test_a_damaged_row_of_the_metrics_is_dropped_with_a_warning(copy, caplog):
+    lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_text(lines[0] + "\0\0garbage\n" + "".join(lines[2:]))
+    metrics = callbacks.Metrics(
+        4, workdir=str(copy), batch_size=1, log_every=1, summaries=callbacks.Summaries(str(copy))
+    )
+    metrics.on_train_begin()
+    metrics.on_train_end()
+    assert [row["step"] for row in rows(copy)] == [1, 3, 4] and "line 2 is damaged" in caplog.text
+
+
+def test_a_grace_period_must_be_positive(tmp_path):
+    with pytest.raises(InputError, match="--grace_period_s must be a positive"):
+        experiment.train(tiny_config(), str(tmp_path / "w"), StartOptions(grace_period_s=-1.0))

@@ -15,7 +15,7 @@ from ddpm_tf.training.skipped import SkippedSteps
 def make_callbacks(config, model, source, workdir, start_step, start, fingerprint, strategy, cluster):
     """{name: callback}, in the order in which they act after a step; the chief alone writes."""
     t, replay = config.train, _make_replay(config, model, source)
-    summaries = make_summaries(workdir, cluster)
+    summaries = _make_summaries(workdir, cluster)
     writing = {}
     if cluster.is_chief:
         writing = _make_writing(config, workdir, start_step, fingerprint, summaries)
@@ -34,7 +34,7 @@ def make_callbacks(config, model, source, workdir, start_step, start, fingerprin
     return {**writing, "skipped": skipped, **saving, "stop": stop, "grids": grids}
 
 
-def make_summaries(workdir, cluster):
+def _make_summaries(workdir, cluster):
     """TensorBoard's events, which the chief writes; None for the others."""
     return callbacks.Summaries(os.path.join(workdir, "tensorboard")) if cluster.is_chief else None
 

@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 from absl import logging
 
+from ddpm_tf import config as config_lib
 from ddpm_tf.bundles import assign
 from ddpm_tf.data import manifest
 from ddpm_tf.data.manifest import difference
 from ddpm_tf.errors import InputError
-from ddpm_tf.experiment.workdir import newest
+from ddpm_tf.experiment.workdir import check_same, newest
 from ddpm_tf.training import checkpoints
 from ddpm_tf.training.cluster import JOIN_TIMEOUT_S
 from ddpm_tf.training.fingerprint import changes
@@ -46,11 +47,14 @@ class StartOptions(NamedTuple):
     join_timeout_s: float = JOIN_TIMEOUT_S
 
 
-def restore(model, workdir, start, *, fingerprint):
+def restore(model, config, workdir, start, *, fingerprint, initial=None):
     """Give the model what the run goes on from; returns the completed steps, 0 for a new run.
 
+    Args:
+        initial: from `load_initial`, what a new run begins with.
+
     Raises:
-        InputError: tensors that do not fit the network, and what `start` refuses.
+        InputError: tensors or a config that do not fit, and what `start` refuses.
         NoValidCheckpointError: checkpoints of which none verifies.
         StorageError: no room for a checkpoint.
     """
@@ -60,11 +64,15 @@ def restore(model, workdir, start, *, fingerprint):
     checkpoints.check_space(folder, {name: v.numpy() for name, v in variables.items()})
     latest = checkpoints.restore_latest(folder, quarantine=True)
     if latest is None:
-        if start.init_from:
-            return _begin_from(model, workdir, start, fingerprint)
+        if initial is not None:
+            _begin_from(model, initial, start)
         return 0
     step, tensors = latest
-    _check_exact(checkpoints.read_meta(folder, step).get("fingerprint"), fingerprint, step, start)
+    meta = checkpoints.read_meta(folder, step)
+    if "config" in meta:
+        origin = f"The checkpoint of step {step} in {workdir}"
+        check_same(config_lib.from_json(json.dumps(meta["config"]), origin), config, origin)
+    _check_exact(meta.get("fingerprint"), fingerprint, step, start)
     tensors = _with_ema(tensors, start, f"The checkpoint of step {step}")
     assign(variables, tensors, f"The checkpoint of step {step}")
     if model.skipped_in_a_row.numpy() >= model.max_skipped_steps:  # the limit was lowered
@@ -73,6 +81,12 @@ def restore(model, workdir, start, *, fingerprint):
         logging.info("--init_from is not used: %s has gone on to step %d since.", workdir, step)
     logging.info("Going on from step %d of %s.", step, workdir)
     return step
+
+
+def load_initial(workdir, start):
+    """What a new run begins with: (step, {name: array}) of --init_from, or None."""
+    is_new = start.restart_from_scratch or not checkpoints.list_steps(os.path.join(workdir, "ckpt"))
+    return newest(start.init_from) if start.init_from and is_new else None
 
 
 def check_data(source, workdir, start, *, found=None):
@@ -89,7 +103,7 @@ def check_data(source, workdir, start, *, found=None):
     try:
         with open(path) as f:
             changed = difference(json.load(f), found)
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
         raise InputError(f"{path} cannot be read ({e}). Restore it, or remove it to take the data as they are.") from e
     if changed is None:
         return found
@@ -108,26 +122,24 @@ def move_away(workdir):
     if not names:
         return
     old = os.path.join(workdir, time.strftime("old-%Y%m%d-%H%M%S"))
+    while os.path.exists(old):
+        old += "x"
     os.mkdir(old)
-    for name in names:
+    for name in sorted(names, key=lambda name: name == "config.json"):  # last: until then it is a workdir
         os.rename(os.path.join(workdir, name), os.path.join(old, name))
     for name in ("ckpt", "samples"):
         os.mkdir(os.path.join(workdir, name))
     logging.info("What %s held is in %s now.", workdir, old)
 
 
-def _begin_from(model, workdir, start, fingerprint):
-    """Weights and moving average of another run; saved at once, so that every later start goes on from them."""
-    step, tensors = newest(start.init_from)
+def _begin_from(model, initial, start):
+    """Weights and moving average of another run, step 0."""
+    step, tensors = initial
     tensors = _with_ema(tensors, start, f"The checkpoint of step {step} of --init_from={start.init_from}")
     groups = ("network/", "ema/")
     variables = {n: v for n, v in checkpoints.variables_by_name(model).items() if n.startswith(groups)}
     assign(variables, {n: t for n, t in tensors.items() if n.startswith(groups)}, f"--init_from={start.init_from}")
-    state = {name: v.numpy() for name, v in checkpoints.variables_by_name(model).items()}
-    meta = {"init_from": {"workdir": os.path.abspath(start.init_from), "step": step}, "fingerprint": fingerprint}
-    checkpoints.save(os.path.join(workdir, "ckpt"), 0, state, meta, keep=1)
     logging.info("Beginning at step 0 with the weights of step %d of %s.", step, start.init_from)
-    return 0
 
 
 def _with_ema(tensors, start, origin):
@@ -144,7 +156,7 @@ def _with_ema(tensors, start, origin):
 def _check_exact(old, new, step, start):
     """Say what keeps the run from being bit-exact; an error under --require_exact."""
     changed = changes(old, new) if old else ["it was not made by training, and holds no fingerprint"]
-    if new is None or not changed:
+    if not changed:
         return
     if start.require_exact:
         raise InputError(

@@ -14,10 +14,18 @@ from ddpm_tf import builders
 from ddpm_tf import config as config_lib
 from ddpm_tf.data.manifest import digest, manifest
 from ddpm_tf.diffusion.losses import make_loss
-from ddpm_tf.errors import BadDataError, DataNotFoundError, InputError, Interrupted, unknown_name
-from ddpm_tf.experiment.every_step import make_callbacks, make_summaries
-from ddpm_tf.experiment.grids import grid_path, make_grids
-from ddpm_tf.experiment.resume import NAN_POLICIES, StartOptions, check_data, move_away, restore
+from ddpm_tf.errors import (
+    BadDataError,
+    DataNotFoundError,
+    InputError,
+    Interrupted,
+    StorageError,
+    storage_advice,
+    unknown_name,
+)
+from ddpm_tf.experiment.every_step import make_callbacks
+from ddpm_tf.experiment.grids import grid_path
+from ddpm_tf.experiment.resume import NAN_POLICIES, StartOptions, check_data, load_initial, move_away, restore
 from ddpm_tf.experiment.workdir import check_workdir, check_writable, locked, read_config
 from ddpm_tf.files import write_text
 from ddpm_tf.training import checkpoints
@@ -72,6 +80,8 @@ def train(config, workdir, start=StartOptions()):  # noqa: B008 - immutable
     config_lib.validate(config)
     if start.nan_policy not in NAN_POLICIES:
         raise unknown_name("--nan_policy", start.nan_policy, NAN_POLICIES)
+    if not 0 < start.grace_period_s < float("inf"):
+        raise InputError(f"--grace_period_s must be a positive number of seconds, found {start.grace_period_s}.")
     configure_devices(deterministic=config.train.deterministic, tf32=config.train.tf32)
     if not os.environ.get("TF_CONFIG"):  # several workers wait for the chief, and hear of its mistakes
         _check_workdir(config, workdir, start)
@@ -79,10 +89,9 @@ def train(config, workdir, start=StartOptions()):  # noqa: B008 - immutable
     with cluster.watched():
         cluster.agree(_settings(config, start))
         with cluster.together():
-            step = _check_workdir(config, workdir, start) if cluster.is_chief else 0
-        step = cluster.from_chief(step)
-        if step >= config.train.num_steps:
-            _finish(config, workdir, step, start, strategy, cluster)
+            is_finished = cluster.is_chief and _check_workdir(config, workdir, start)
+        if cluster.from_chief(is_finished):
+            logging.info("Step %d: nothing to do. A larger train.num_steps goes on.", config.train.num_steps)
         else:
             _run(config, workdir, start, strategy, cluster)
     if cluster.is_chief:
@@ -90,13 +99,20 @@ def train(config, workdir, start=StartOptions()):  # noqa: B008 - immutable
 
 
 def _check_workdir(config, workdir, start):
-    """Refuse a workdir that cannot be used; the step of its newest checkpoint, 0 where there is none."""
+    """Refuse a workdir that cannot be used; whether its run is finished, the last checkpoint whole and its grid drawn."""
     check_writable(workdir)
     check_workdir(config, workdir, fresh=start.restart_from_scratch)
     if start.init_from:
         read_config(start.init_from, flag="--init_from")
-    steps = [] if start.restart_from_scratch else checkpoints.list_steps(os.path.join(workdir, "ckpt"))
-    return steps[-1] if steps else 0
+    folder = os.path.join(workdir, "ckpt")
+    steps = [] if start.restart_from_scratch else checkpoints.list_steps(folder)
+    if not steps or steps[-1] < config.train.num_steps or not os.path.exists(grid_path(workdir, steps[-1])):
+        return False
+    try:
+        checkpoints.verify(checkpoints.step_folder(folder, steps[-1]))
+    except (InputError, OSError):  # told, and gone round, under the lock
+        return False
+    return True
 
 
 def _settings(config, start):
@@ -104,25 +120,6 @@ def _settings(config, start):
     fields = {f"--config.{field.path}": config_lib.get(config, field.path) for field in config_lib.FIELDS}
     gpus = len(tf.config.list_physical_devices("GPU"))
     return {**fields, "--nan_policy": start.nan_policy, "code (SHA-256)": code_digest(), "GPUs": gpus}
-
-
-def _finish(config, workdir, step, start, strategy, cluster):
-    """A run that has all its steps: nothing to do, but for pictures that it was stopped before."""
-    logging.info("Step %d of %d: nothing to do. A larger train.num_steps goes on.", step, config.train.num_steps)
-    if cluster.from_chief(os.path.exists(grid_path(workdir, step, "ema"))):
-        return
-    model = builders.build_model(config, strategy)
-    with contextlib.ExitStack() as stack:
-        with cluster.together():
-            if cluster.is_chief:
-                stack.enter_context(locked(workdir))
-                restore(model, workdir, start, fingerprint=None)
-        cluster.broadcast(checkpoints.variables_by_name(model).values())
-        source = builders.build_source(config, download=start.download)
-        summaries = make_summaries(workdir, cluster)
-        draw, show = make_grids(config, model, source, workdir, summaries, strategy, cluster)
-        show(step, draw(step))
-        cluster.barrier()
 
 
 def _run(config, workdir, start, strategy, cluster):
@@ -146,13 +143,13 @@ def _run(config, workdir, start, strategy, cluster):
 
 def _begin(config, model, source, data, workdir, start, fingerprint):
     """What the holder of the workdir's lock does first; leaves the model as the run goes on from."""
+    check_workdir(config, workdir, fresh=start.restart_from_scratch)  # again: another trainer may have been here
+    initial = load_initial(workdir, start)
     if start.restart_from_scratch:
         move_away(workdir)
     check_data(source, workdir, start, found=data)
     is_new = not os.path.exists(os.path.join(workdir, "config.json"))
-    if is_new:
-        _write_settings(workdir, config, data)
-    start_step = restore(model, workdir, start, fingerprint=fingerprint)
+    start_step = restore(model, config, workdir, start, fingerprint=fingerprint, initial=initial)
     if not is_new and start_step == 0:
         logging.info("%s holds no checkpoint yet: starting at step 0.", workdir)
     if start_step % config.train.steps_per_execution:
@@ -161,11 +158,21 @@ def _begin(config, model, source, data, workdir, start, fingerprint):
             f"{config.train.steps_per_execution}. Use one that divides it, for example 1."
         )
     _write_settings(workdir, config, data)
+    if initial is not None:  # at once, so that every later start goes on from these weights
+        tensors = {name: v.numpy() for name, v in checkpoints.variables_by_name(model).items()}
+        origin = {"workdir": os.path.abspath(start.init_from), "step": initial[0]}
+        meta = {"init_from": origin, "config": config.to_dict(), "fingerprint": fingerprint}
+        checkpoints.save(os.path.join(workdir, "ckpt"), 0, tensors, meta, keep=1)
 
 
 def _fit(config, model, source, workdir, start, fingerprint, strategy, cluster):
     start_step, num_steps = int(model.optimizer.iterations.numpy()), config.train.num_steps
     every_step = make_callbacks(config, model, source, workdir, start_step, start, fingerprint, strategy, cluster)
+    if start_step >= num_steps:
+        logging.info("Step %d of %d: only its pictures are missing.", start_step, num_steps)
+        every_step["grids"].set_model(model)
+        every_step["grids"].on_train_begin()
+        return
     logging.info("Compiling the training step; the first steps take longer.")
     try:
         model.fit(
@@ -180,6 +187,8 @@ def _fit(config, model, source, workdir, start, fingerprint, strategy, cluster):
             callbacks=list(every_step.values()),
         )
     except tf.errors.ResourceExhaustedError as e:
+        if checkpoints.is_full(e):
+            raise StorageError(f"{str(e).partition(chr(10))[0]} {storage_advice(e)}") from e
         raise InputError(
             f"Out of memory with data.batch_size={config.data.batch_size} and {model.network.count_params():,} "
             f"parameters: {str(e).partition(chr(10))[0]} Lower data.batch_size, raise "
@@ -198,9 +207,10 @@ def _fit(config, model, source, workdir, start, fingerprint, strategy, cluster):
     cluster.barrier()  # the others leave once the chief has saved
     number = every_step["stop"].signal
     if number is not None:
+        without = " without --restart_from_scratch" if start.restart_from_scratch else ""
         raise Interrupted(
             f"{signal.Signals(number).name}: stopped after step {model.optimizer.iterations.numpy()} of {num_steps}, whose "
-            "state is saved. The same command goes on.",
+            f"state is saved. The same command{without} goes on.",
             number,
         )
 
@@ -210,7 +220,7 @@ def _fingerprint(config, strategy, data):
         strategy, jit_compile=builders.uses_xla(config), deterministic=config.train.deterministic,
         precision=config.train.precision, tf32=config.train.tf32, micro_batches=config.train.micro_batches,
         remat=config.network.remat,
-        batch_size=config.data.batch_size, seed=config.seed, data=digest(data),
+        batch_size=config.data.batch_size, seed=config.seed, config=config_lib.digest(config), data=digest(data),
     )  # fmt: skip
 
 

@@ -120,6 +120,10 @@ def check_workdir(config, workdir, *, fresh=False):
                 f"--workdir={workdir} has checkpoints but no config.json; restore it or use another workdir."
             )
         foreign = sorted(set(os.listdir(workdir)) - _BEFORE_CONFIG) if os.path.isdir(workdir) else []
+        if fresh and any(
+            name.startswith("old-") for name in foreign
+        ):  # a restart that was stopped while it moved things
+            return
         foreign = [name for name in foreign if not name.startswith((".tmp-", "config.json", "old-"))]
         if foreign:
             raise InputError(
@@ -129,11 +133,16 @@ def check_workdir(config, workdir, *, fresh=False):
         return
     if fresh:
         return
-    changed = [d for d in config_lib.differences(read_config(workdir), config) if not d[0].free]
+    check_same(read_config(workdir), config, f"--workdir={workdir}")
+
+
+def check_same(old, config, origin):
+    """Refuse fixed fields that differ, with a table."""
+    changed = [d for d in config_lib.differences(old, config) if not d[0].free]
     if changed:
         rows = "\n".join(f"  {field.path:<28} {old!r:>20} {new!r:>20}" for field, old, new in changed)
         raise InputError(
-            f"--workdir={workdir} was made with another config; these fields cannot change when a run goes on:\n"
+            f"{origin} was made with another config; these fields cannot change when a run goes on:\n"
             f"  {'field':<28} {'workdir':>20} {'now':>20}\n{rows}\nUse another workdir, or the workdir's values."
         )
 

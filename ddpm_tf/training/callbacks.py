@@ -14,6 +14,7 @@ import tensorflow as tf
 from absl import logging
 from tqdm import tqdm
 
+from ddpm_tf.files import write_text
 from ddpm_tf.training import checkpoints
 
 
@@ -78,15 +79,20 @@ class Metrics(StepCallback):
         self.batch_size, self.log_every, self.summaries = batch_size, log_every, summaries
 
     def on_train_begin(self, logs=None):
-        rows = []
-        if os.path.exists(self.path):
-            with open(self.path) as f:
-                rows = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= self.start_step]
-        with open(self.path + ".tmp", "w") as f:
-            f.writelines(rows)
-        os.replace(self.path + ".tmp", self.path)
+        write_text(self.path, "".join(self._rows_so_far()))
         self.file = open(self.path, "a")
         self.last_step, self.last_time = self.start_step, time.monotonic()
+
+    def _rows_so_far(self):
+        if not os.path.exists(self.path):
+            return
+        with open(self.path, errors="replace") as f:
+            for number, line in enumerate(f, 1):
+                try:
+                    if json.loads(line)["step"] <= self.start_step and line.endswith("\n"):
+                        yield line
+                except (ValueError, KeyError, TypeError):
+                    logging.warning("%s: line %d is damaged and dropped: %r", self.path, number, line[:80])
 
     def on_step(self, step, logs):
         if not is_due(step, self.log_every):
@@ -101,6 +107,7 @@ class Metrics(StepCallback):
         }
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
+        os.fsync(self.file.fileno())  # no later than the checkpoint that follows
         for name in logs:
             if math.isfinite(logs[name]):
                 self.summaries.scalar(name, logs[name], step)

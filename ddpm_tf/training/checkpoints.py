@@ -85,20 +85,34 @@ def save(folder, step, tensors, meta, *, keep, keep_every=0):
             f"{bad[0]} is not finite after step {step} ({len(bad)} of {len(tensors)} tensors): not saved. The last "
             f"checkpoint in {folder} is kept; lower optimizer.learning_rate and start again from it."
         )
+    temporary = os.path.join(folder, f".tmp-{step}-{uuid.uuid4().hex}")
+
+    def write():
+        shutil.rmtree(temporary, ignore_errors=True)
+        _write(temporary, tensors, meta)
+        if os.path.isdir(step_folder(folder, step)):  # could not be read when the run went on from an older one
+            os.rename(step_folder(folder, step), os.path.join(folder, f".trash-{step}-{uuid.uuid4().hex}"))
+        os.rename(temporary, step_folder(folder, step))
+
+    try:
+        _retried(write, step)
+        _retried(lambda: fsync(folder), step)
+    except (OSError, tf.errors.OpError) as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise _storage_error(folder, step, tensors, e) from e
+    sweep(folder)
+    prune(folder, keep, keep_every)
+
+
+def _retried(action, step):
     for attempt in range(_ATTEMPTS):
-        temporary = os.path.join(folder, f".tmp-{step}-{uuid.uuid4().hex}")
         try:
-            _write(temporary, tensors, meta)
-            os.rename(temporary, step_folder(folder, step))
-            fsync(folder)
-            break
+            return action()
         except (OSError, tf.errors.OpError) as e:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if attempt == _ATTEMPTS - 1 or _is_full(e):
-                raise _storage_error(folder, step, tensors, e) from e
+            if attempt == _ATTEMPTS - 1 or is_full(e):
+                raise
             logging.warning("Writing the checkpoint of step %d failed (%s); trying again.", step, e)
             time.sleep(2**attempt)
-    prune(folder, keep, keep_every)
 
 
 def prune(folder, keep, keep_every=0):
@@ -132,21 +146,13 @@ def restore_latest(folder, *, quarantine=False):
         NoValidCheckpointError: there are checkpoints, and none verifies.
         InputError: the newest one was written in a format that this version does not read.
     """
-    steps, problems = list_steps(folder)[::-1], []
-    for step in steps:
-        path = step_folder(folder, step)
-        try:
-            verify(path)
-            meta = read_meta(folder, step)
-            tensors = read_bundle(os.path.join(path, _BUNDLE)) if meta["format"] == FORMAT else None
-        except (InputError, OSError, ValueError, KeyError) as e:  # OSError: pruned under a reader, or unreadable
-            problems.append(f"step {step}: {e}")
-            logging.warning("The checkpoint of step %d cannot be used: %s", step, e)
-            if quarantine and os.path.isdir(path):
-                os.rename(path, os.path.join(folder, f"corrupt-{step}-{uuid.uuid4().hex}"))
-        else:
-            _check_format(path, meta)
-            return step, tensors
+    steps, problems = None, []
+    while steps != list_steps(folder)[::-1]:  # once more, if folders were pruned under a reader
+        steps, problems = list_steps(folder)[::-1], []
+        for step in steps:
+            found = _read(folder, step, quarantine, problems)
+            if found is not None:
+                return step, found
     if problems:
         raise NoValidCheckpointError(
             f"None of the {len(problems)} checkpoints in {folder} can be used:\n  " + "\n  ".join(problems) + "\n"
@@ -158,6 +164,36 @@ def restore_latest(folder, *, quarantine=False):
             "--restart_from_scratch, which moves them to old-TIME/."
         )
     return None
+
+
+def _read(folder, step, quarantine, problems):
+    """The tensors of a checkpoint; None, and one more of `problems`, where it cannot be used."""
+    path = step_folder(folder, step)
+    try:
+        verify(path)
+    except InputError as e:
+        problems.append(f"step {step}: {e}")
+        logging.warning("The checkpoint of step %d cannot be used: %s", step, e)
+        if quarantine and os.path.isdir(path):
+            os.rename(path, os.path.join(folder, f"corrupt-{step}-{uuid.uuid4().hex}"))
+        return None
+    except OSError as e:
+        return _unreadable(step, e, problems)
+    try:
+        meta = read_meta(folder, step)
+        if meta["format"] == FORMAT:
+            return read_bundle(os.path.join(path, _BUNDLE))
+    except (InputError, OSError, ValueError, KeyError) as e:  # it verified a moment ago: not damaged
+        return _unreadable(step, e, problems)
+    return _check_format(path, meta)
+
+
+def _unreadable(step, error, problems):
+    """An error of reading says nothing of the checkpoint, which is left where it is."""
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+        raise StorageError(f"The checkpoint of step {step} cannot be read: {error}. {storage_advice(error)}") from error
+    problems.append(f"step {step}: {error}")
+    logging.warning("The checkpoint of step %d cannot be read: %s", step, error)
 
 
 def _check_format(path, meta):
@@ -191,7 +227,7 @@ def verify(path):
             files = {name: (entry["size"], entry["sha256"]) for name, entry in json.load(f).items()}
     except FileNotFoundError:
         raise InputError(f"{manifest} is missing.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise InputError(f"{manifest} cannot be read: {e}") from e
     if not {f"{_BUNDLE}.index", _META} <= files.keys():
         raise InputError(f"{manifest} names no {_BUNDLE}.index or no {_META}.")
@@ -223,7 +259,7 @@ def _sha256(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _is_full(error):
+def is_full(error):
     """Out of space or over a file size limit: trying again at once does not help."""
     text = str(error)
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or any(

@@ -11,11 +11,14 @@ import tensorflow as tf
 from ddpm_tf import __version__
 
 
-def fingerprint(strategy, *, jit_compile, deterministic, precision, tf32, micro_batches, remat, batch_size, seed, data):
+def fingerprint(
+    strategy, *, jit_compile, deterministic, precision, tf32, micro_batches, remat, batch_size, seed, config, data
+):
     """{field: value} of software, devices and settings, as JSON can hold it.
 
     Args:
         strategy: the run's tf.distribute strategy.
+        config: SHA-256 of the fields that change what a step computes.
         data: SHA-256 of the data set's manifest.
     """
     build = tf.sysconfig.get_build_info()
@@ -39,6 +42,7 @@ def fingerprint(strategy, *, jit_compile, deterministic, precision, tf32, micro_
         "micro_batches": micro_batches,
         "global_batch": batch_size,
         "seed": seed,
+        "config": config,
         "data": data,
     }
 

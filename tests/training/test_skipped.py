@@ -96,6 +96,30 @@ def test_after_the_limit_nothing_changes_any_more():
     assert_equal({n: v for n, v in values(model).items() if n not in skipped}, whole)
 
 
+class InfiniteLoss(Scripted):
+    """The loss of the bad steps is infinite, and their gradient is not."""
+
+    def draws(self, index, step):
+        return DiffusionModel.draws(self, index, step)
+
+    def _loss_and_gradient_eager(self, images, labels, index, step, scale):
+        loss, *others = super()._loss_and_gradient_eager(images, labels, index, step, scale)
+        return tf.where(tf.equal(tf.cast(step, tf.int32), 1), math.inf, loss), *others
+
+
+@pytest.mark.slow
+def test_an_infinite_loss_alone_is_skipped(monkeypatch):
+    monkeypatch.setitem(globals(), "Scripted", InfiniteLoss)
+    model = make()
+    fit(model, 2)
+    whole = values(model)
+    assert whole["skipped/total"] == 1
+    model = make()
+    fit(model, 1)
+    skipped = ("skipped/total", "skipped/in_a_row", "skipped/steps", "step")
+    assert_equal({n: v for n, v in values(model).items() if n not in skipped}, whole)
+
+
 class ScriptedRun(Scripted):
     bad_steps = (3, 5, 6)
 
@@ -123,7 +147,7 @@ def test_a_run_logs_skipped_steps_and_goes_on(tmp_path, monkeypatch, caplog):
     assert [row["loss"] is None for row in table] == [False, False, False, True, False, True, True, False]
     for step in (3, 5, 6):
         assert f"Step {step} was skipped" in caplog.text
-    t = next(iter(record.args[2] for record in caplog.records if "was skipped" in record.msg))
+    t = next(iter(record.args[3] for record in caplog.records if "was skipped" in record.msg))
     assert len(t) == 8 and str(t) in caplog.text
     assert state(tmp_path / "w")[1]["skipped/total"] == 3
 
