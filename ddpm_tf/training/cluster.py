@@ -292,10 +292,9 @@ class Cluster:
         except tf.errors.OpError as e:
             if self.size == 1 or not _is_peer_lost(e):
                 raise
-            tasks = sorted(
-                {int(k) for k in re.findall(r"/job:worker/(?:replica:0/)?task:(\d+)", str(e))} - {self.index}
-            )
-            names = " or ".join(f"worker {k} ({self.addresses[k]})" for k in tasks if k < self.size) or "another worker"
+            others = set(range(self.size)) - {self.index}
+            named = {int(k) for k in re.findall(r"/job:worker/(?:replica:0/)?task:(\d+)", str(e))} & others
+            names = " or ".join(f"worker {k} ({self.addresses[k]})" for k in sorted(named or others))
             logging.info("%s", e)
             raise PeerLostError(
                 f"Worker {self.index} has lost {names}: it was killed, does not answer, or ended by an error of its own; see "

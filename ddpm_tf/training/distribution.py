@@ -56,6 +56,7 @@ def _join(workers, timeout_s):
     logging.info("Worker %d at %s: waiting for %s.", workers.index, own, " ".join(workers.addresses))
     meet(workers, timeout_s)
     kind = tf.distribute.experimental.CommunicationImplementation
+    tf.get_logger().setLevel("WARNING")  # it tells every collective that it makes, twice
     gpus = len(tf.config.list_physical_devices("GPU"))
     resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
         tf.train.ClusterSpec({"worker": list(workers.addresses)}), task_type="worker", task_id=workers.index,
