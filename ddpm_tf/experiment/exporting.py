@@ -52,7 +52,7 @@ def export(
     version = choose_version(out, version)
     _check_format(out, format)
     inference, sampler = load_sampler(workdir, ema=ema, **overrides)
-    bound = _bound(inference.diffusion, bpd_steps or sampler.num_steps)
+    bound = _bound(inference.diffusion, sampler.num_steps if bpd_steps is None else bpd_steps)
     fields = {
         "name": os.path.basename(out), "version": version, "format": format, "license": license or "not stated",
         "weights": "moving average" if ema else "weights", "evaluation": _evaluation(workdir),
@@ -60,12 +60,13 @@ def export(
     models = os.path.dirname(out)
     with new_version(out, version) as folder:
         if format == SAVED_MODEL:
-            write_server_files(models, os.path.basename(out), max_batch=max_batch)
             functions = save_model(folder, inference.network, sampler, bound, max_batch=max_batch)
             fields |= _saved_model_fields(folder, out, functions, sampler, bound, max_batch)
         else:
             functions = portable.save_portable(folder, format, inference.network, sampler)
         model_card.write_card(folder, model_card.make_card(inference, sampler, functions, **fields))
+        if format == SAVED_MODEL:  # last: a failed export leaves nothing behind
+            write_server_files(models, os.path.basename(out), max_batch=max_batch)
     report = f"{', '.join(functions)} in {os.path.join(out, str(version))} ({time.monotonic() - start:.0f} s)."
     if format != SAVED_MODEL:
         return report

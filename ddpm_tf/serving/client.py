@@ -9,6 +9,7 @@ From Python:
 """
 
 import argparse
+import contextlib
 import os
 import random
 import sys
@@ -19,10 +20,11 @@ from typing import NamedTuple
 import numpy as np
 
 from ddpm_tf import images as images_lib
-from ddpm_tf.errors import InputError, RunError, unknown_name
+from ddpm_tf.errors import InputError, RunError, StorageError, WorkdirError, storage_advice, unknown_name
 from ddpm_tf.serving.transports import TRANSPORTS, ServerError
 
 _LONGEST_PAUSE_S = 5.0
+_LONGEST_DEADLINE_S = 1e6
 
 
 class Step(NamedTuple):
@@ -61,9 +63,13 @@ class Client:
         for name, value, least in (("attempts", attempts, 1), ("max_batch", max_batch, 1)):
             if value < least:
                 raise InputError(f"{name} must be at least {least}, found {value}.")
-        if not deadline_s > 0:
-            raise InputError(f"deadline_s must be above 0 seconds, found {deadline_s}.")
-        self._transport = TRANSPORTS[transport](address, model, version=version, label=label)
+        if not 0 < deadline_s <= _LONGEST_DEADLINE_S:
+            raise InputError(
+                f"deadline_s must be above 0 and at most {_LONGEST_DEADLINE_S:g} seconds, found {deadline_s}."
+            )
+        self._make_transport = lambda version: TRANSPORTS[transport](address, model, version=version, label=label)
+        self._is_open = version is None and label is None
+        self._transport = self._make_transport(version)
         self._deadline_s, self._attempts, self._max_batch = deadline_s, attempts, max_batch
 
     def __enter__(self):
@@ -77,7 +83,9 @@ class Client:
 
     def sample(self, seeds):
         """uint8 [N, H, W, C]; image k depends on seeds[k] alone, an int64."""
-        return np.concatenate([self.predict("sample", {"seed": batch})["images"] for batch in self._batches(seeds)])
+        batches = self._batches(seeds)
+        with self._one_version(len(batches) > 1):
+            return np.concatenate([self.predict("sample", {"seed": batch})["images"] for batch in batches])
 
     def sample_png(self, seeds):
         """A list of PNG files, as bytes."""
@@ -94,12 +102,15 @@ class Client:
         seeds = _as_seeds(seeds)
         if len(seeds) > self._max_batch:
             raise InputError(f"denoise takes at most max_batch={self._max_batch} seeds at once, found {len(seeds)}.")
-        x = self.predict("initial_noise", {"seed": seeds})["x_T"]
-        for index in reversed(range(num_steps)):
-            step = np.full(len(seeds), index, np.int32)
-            out = self.predict("denoise_step", {"x_t": x, "step": step, "seed": seeds})
-            x = out["x_prev"]
-            yield Step(index, x, out["x_0"])
+        if num_steps < 1:
+            raise InputError(f"num_steps must be at least 1, found {num_steps}.")
+        with self._one_version(True):
+            x = self.predict("initial_noise", {"seed": seeds})["x_T"]
+            for index in reversed(range(num_steps)):
+                step = np.full(len(seeds), index, np.int32)
+                out = self.predict("denoise_step", {"x_t": x, "step": step, "seed": seeds})
+                x = out["x_prev"]
+                yield Step(index, x, out["x_0"])
 
     def bits_per_dim(self, images, seeds):
         """float32 [N]: the bound for uint8 images [N, H, W, C], with one seed each."""
@@ -138,6 +149,24 @@ class Client:
     @cached_property
     def _signatures(self):
         return self.metadata()
+
+    @contextlib.contextmanager
+    def _one_version(self, is_needed):
+        """Keep to the newest available version meanwhile, so that no request is answered by a model that came in between.
+
+        A label is asked for as it is: the server does not tell which version it stands for.
+        """
+        available = [v.version for v in self.status() if v.state == "AVAILABLE"] if is_needed and self._is_open else []
+        if not available:
+            yield
+            return
+        before, self._transport = self._transport, self._make_transport(max(available))
+        self.__dict__.pop("_signatures", None)
+        try:
+            yield
+        finally:
+            self._transport.close()
+            self._transport = before
 
     def _batches(self, seeds):
         seeds = _as_seeds(seeds)
@@ -179,18 +208,22 @@ def save_pngs(folder, seeds, images):
     """seed_NNNNNN.png for each image of uint8 [N, H, W, C], and grid.png of the first 256, into a new or empty folder."""
     _check_new(folder)
     try:
-        os.makedirs(folder, exist_ok=True)
         for seed, image in zip(seeds, images, strict=True):
             images_lib.save_png(os.path.join(folder, f"seed_{seed:06d}.png"), image)
         grid = images_lib.make_grid(images[:256], scale=images_lib.grid_scale(images.shape[1]))
         images_lib.save_png(os.path.join(folder, "grid.png"), grid)
     except OSError as e:
-        raise InputError(f"--out={folder} cannot be written: {e}. Choose another.") from e
+        raise StorageError(f"--out={folder} cannot be written: {e}. {storage_advice(e)}") from e
 
 
 def _check_new(folder):
+    """Make a folder, before anything is drawn for it."""
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise InputError(f"--out={folder} exists and is not an empty folder; nothing is written over. Choose another.")
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as e:
+        raise WorkdirError(f"--out={folder} cannot be made: {e}. Choose another.") from e
 
 
 def _parser():

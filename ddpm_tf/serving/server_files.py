@@ -168,12 +168,14 @@ def write_server_files(folder, name, *, max_batch):
         (written, kept): names of files; kept ones were there with another content and were left alone.
 
     Raises:
-        InputError: a name that cannot stand in an address and in these files, or max_batch below 1.
+        InputError: a name that cannot stand in an address and in these files, max_batch below 1, or a batching.config that is
+            there and merges more images than max_batch, which the model would refuse.
         StorageError: a file that cannot be written.
     """
     check_name(name)
     if max_batch < 1:
         raise InputError(f"max_batch must be at least 1, found {max_batch}.")
+    _check_batching(os.path.join(folder, "batching.config"), max_batch)
     written, kept = [], []
     for file_name, text in _files(name, max_batch).items():
         path = os.path.join(folder, file_name)
@@ -188,6 +190,19 @@ def write_server_files(folder, name, *, max_batch):
             "max_batch %d), or move them away and export again.", ", ".join(kept), folder, name, max_batch,
         )  # fmt: skip
     return written, kept
+
+
+def _check_batching(path, max_batch):
+    found = (
+        re.search(r"^\s*max_batch_size\s*{\s*value:\s*(\d+)", _read(path), re.MULTILINE)
+        if os.path.isfile(path)
+        else None
+    )
+    if found and int(found[1]) > max_batch:
+        raise InputError(
+            f"{path} merges up to {found[1]} images, and --max_batch={max_batch} would refuse them. Lower its max_batch_size "
+            f"and allowed_batch_sizes, move it away, or export with --max_batch={found[1]}."
+        )
 
 
 def _files(name, max_batch):

@@ -96,7 +96,8 @@ def _table(network, sampler, bound, image_shape):
     chain = tf.function(_make_chain(network, sampler), input_signature=specs, autograph=False)
 
     def sample(seed):
-        return {"images": _to_uint8(chain(initial_noise(seed, image_shape), seed))}
+        x = chain(initial_noise(seed, image_shape), seed)
+        return {"images": _to_uint8(_finite(x, "The images are not finite: the weights are damaged."))}
 
     def sample_png(seed):
         return {"image_bytes": tf.io.encode_png(sample(seed)["images"])}

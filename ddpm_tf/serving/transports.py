@@ -78,8 +78,14 @@ class RESTTransport:
     def __init__(self, address, model, *, version=None, label=None):
         self._requests, self._urllib3 = _import("requests"), _import("urllib3.exceptions")
         self.address = address if "://" in address else f"http://{address}"
-        if urlsplit(self.address).username is not None:
-            raise InputError("The address holds a user name, which messages would show; put credentials into ~/.netrc.")
+        try:
+            parts = urlsplit(self.address)
+        except ValueError as e:
+            raise InputError(f"The address {self.address!r} is no URL: {e}.") from e
+        if parts.username is not None or parts.query or parts.fragment:
+            raise InputError(
+                "The address holds a user name, a query or a fragment, which messages would show; use ~/.netrc."
+            )
         which = f"/versions/{version}" if version is not None else f"/labels/{quote(label)}" if label else ""
         self._url = f"{self.address.rstrip('/')}/v1/models/{quote(model, safe='')}{which}"
         self._session = self._requests.Session()
@@ -153,6 +159,8 @@ class GRPCTransport:
     def __init__(self, address, model, *, version=None, label=None):
         if "://" in address:
             raise InputError(f"gRPC takes host:port without a scheme, found {address!r}.")
+        if "@" in address:
+            raise InputError("The address holds a user name, which messages would show; gRPC takes host:port.")
         self._grpc = _import("grpc")
         self._apis = {
             name: _import(f"tensorflow_serving.apis.{name}")
