@@ -125,6 +125,7 @@ def test_damaged_checkpoints_stop_every_start_until_it_is_asked_to_begin_again(c
     assert {p.name for p in copy.iterdir()} >= {"config.json", "data.json", "ckpt", "samples"}
 
 
+@pytest.mark.slow
 def test_what_is_not_bit_exact_any_more_is_told(copy, caplog):
     stored = checkpoints.read_meta(copy / "ckpt", 4)["fingerprint"]
     assert stored["tensorflow"] == tf.__version__ and stored["replicas"] == 1 and stored["global_batch"] == 8

@@ -198,6 +198,7 @@ def test_remat_gives_the_same_loss_and_gradients(jit_compile):
         np.testing.assert_allclose(recomputed[path], gradient, rtol=0, atol=tolerance, err_msg=path)
 
 
+@pytest.mark.slow
 def test_remat_changes_no_path_and_no_weight():
     network = UNet((8, 8, 1), remat=True, dropout=0.1, **TINY)
     plain = UNet((8, 8, 1), dropout=0.1, **TINY)

@@ -7,11 +7,12 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from ddpm_tf.errors import InputError
 from ddpm_tf.serving.client import Client
-from ddpm_tf.serving.transports import ServerError
+from ddpm_tf.serving.transports import TRANSPORTS, ServerError, Signature, TensorInfo, VersionStatus
 
 pytest.importorskip("requests", reason="the client needs ddpm_tf[serving]: requests")
 
@@ -31,6 +32,7 @@ def transport(request):
         ({"max_batch": 0}, "max_batch"),
         ({"deadline_s": 0}, "deadline_s"),
         ({"deadline_s": float("nan")}, "deadline_s"),
+        ({"deadline_s": float("inf")}, "deadline_s"),
     ],
 )
 def test_settings_that_cannot_be_used(kwargs, message):
@@ -42,6 +44,12 @@ def test_addresses_that_cannot_be_used():
     with pytest.raises(InputError, match="netrc") as e:
         Client("http://me:secret@localhost:8501", "digits")
     assert "secret" not in str(e.value)
+    for address, kind in (("localhost:1/?token=secret", "rest"), ("me:secret@localhost:1", "grpc")):
+        with pytest.raises(InputError, match="messages would show") as e:
+            Client(address, "digits", transport=kind)
+        assert "secret" not in str(e.value)
+    with pytest.raises(InputError, match="is no URL"):
+        Client("http://[::1", "digits")
     with pytest.raises(InputError, match="without a scheme"):
         Client("http://localhost:8500", "digits", transport="grpc")
     with pytest.raises(InputError, match="Expected host:port"):
@@ -133,3 +141,46 @@ def test_a_missing_package_names_the_extra(name, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(InputError, match=r"pip install -e '.\[serving\]'"):
         Client("localhost:1", "digits", transport="rest" if name == "requests" else "grpc")
+
+
+class RollingOver:
+    """A server whose newest version is a new one at every request; it answers with the version that was asked for."""
+
+    newest, asked = 1, []
+
+    def __init__(self, address, model, *, version=None, label=None):
+        self.version = version
+
+    def status(self, timeout):
+        return [VersionStatus(RollingOver.newest, "AVAILABLE", ""), VersionStatus(99, "LOADING", "")]
+
+    def metadata(self, timeout):
+        image, seed = TensorInfo("float32", (None, 1, 1, 1)), TensorInfo("int64", (None,))
+        step = {"x_t": image, "step": TensorInfo("int32", (None,)), "seed": seed}
+        return {
+            "sample": Signature({"seed": seed}, {"images": TensorInfo("uint8", (None, 1, 1, 1))}),
+            "initial_noise": Signature({"seed": seed}, {"x_T": image}),
+            "denoise_step": Signature(step, {"x_prev": image, "x_0": image}),
+        }
+
+    def predict(self, signature, inputs, names, timeout):
+        RollingOver.asked.append(self.version)
+        RollingOver.newest += 1
+        return {name: np.zeros((len(inputs["seed"]), 1, 1, 1)) for name in names}
+
+    def close(self):
+        pass
+
+
+def test_one_call_is_answered_by_one_version(monkeypatch):
+    monkeypatch.setitem(TRANSPORTS, "rest", RollingOver)
+    monkeypatch.setattr(RollingOver, "asked", [])
+    client = Client("localhost:1", "digits", max_batch=2)
+    for call, requests in ((lambda: client.sample(range(5)), 3), (lambda: list(client.denoise([0], num_steps=3)), 4)):
+        first = RollingOver.newest
+        call()
+        assert RollingOver.asked[-requests:] == [first] * requests
+    client.sample([0])
+    assert RollingOver.asked[-1] is None  # the newest, whichever it is
+    with pytest.raises(InputError, match="num_steps must be at least 1"):
+        list(client.denoise([0], num_steps=0))

@@ -8,11 +8,13 @@ import tensorflow as tf
 from PIL import Image
 
 from ddpm_tf import rng
+from ddpm_tf.diffusion.process import GaussianDiffusion
+from ddpm_tf.diffusion.schedules import Schedule, make_betas
 from ddpm_tf.errors import InputError
 from ddpm_tf.evaluation.likelihood import bits_per_dim
 from ddpm_tf.images import from_uint8, to_uint8
 from ddpm_tf.networks import UNet
-from ddpm_tf.samplers import sample
+from ddpm_tf.samplers import make_sampler, sample
 from ddpm_tf.samplers.base import Sampler
 from ddpm_tf.samplers.denoisers import network_denoiser
 from ddpm_tf.serving.signatures import make_portable, make_signatures
@@ -106,3 +108,14 @@ def test_class_conditional_networks_are_refused(samplers):
                  lambda: make_signatures(network, samplers["ddim"], samplers["ddim"].diffusion, max_batch=1)):  # fmt: skip
         with pytest.raises(InputError, match="cannot be exported yet"):
             make()
+
+
+def test_damaged_weights_are_an_error_and_not_black_images():
+    network = UNet((8, 8, 1), ch=32, ch_mult=(1,), num_res_blocks=1, attn_resolutions=())
+    network.variables[0].assign(tf.fill(network.variables[0].shape, float("nan")))
+    diffusion = GaussianDiffusion(Schedule(make_betas("linear", 10)))
+    sampler = make_sampler("ddim", diffusion, num_steps=2)
+    functions = make_signatures(network, sampler, diffusion, max_batch=4)
+    for name in ("sample", "sample_png"):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="weights are damaged"):
+            functions[name](tf.constant([1, 2], tf.int64))
