@@ -1,5 +1,6 @@
 """Two logical CPUs, small networks and chains, and the values of the original code."""
 
+import functools
 import json
 import os
 import zlib
@@ -100,6 +101,14 @@ def small_network():
     for v in network.variables:
         v.assign(drawn_weight(tf1_name(v.path), v.shape, 3))
     return network
+
+
+@functools.cache
+def mirrored(replicas):
+    """One strategy per process: the collectives of a second one would have the first one's numbers, and be taken for them."""
+    if replicas == 1:
+        return tf.distribute.get_strategy()
+    return tf.distribute.MirroredStrategy([f"CPU:{k}" for k in range(replicas)])
 
 
 def tiny_config(num_steps=4):

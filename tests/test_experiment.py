@@ -16,7 +16,7 @@ from configs import cifar10
 from ddpm_tf import config as config_lib
 from ddpm_tf import experiment
 from ddpm_tf.errors import BadDataError, InputError, NumericsError
-from tests.conftest import rows, state, tiny_config
+from tests.conftest import mirrored, rows, state, tiny_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -161,9 +161,8 @@ def test_a_batch_that_replicas_do_not_divide_is_refused():
 
     config = tiny_config()
     config.data.batch_size = 7
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     with pytest.raises(InputError, match="data.batch_size=7 is not divisible by the 2 replicas; use 6 or 8"):
-        builders.build_model(config, strategy)
+        builders.build_model(config, mirrored(2))
 
 
 def test_every_config_validates_and_describes_itself():

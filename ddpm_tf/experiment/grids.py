@@ -1,5 +1,6 @@
 """The sample grids of a run, drawn by all of its replicas, and how bright they are beside the data."""
 
+import functools
 import os
 
 import numpy as np
@@ -33,8 +34,7 @@ def make_grids(config, model, source, workdir, summaries, strategy, cluster):
     draws = dict.fromkeys(networks)
     if strategy.num_replicas_in_sync > cluster.size:
         draws = {name: make_replica_sampler(strategy, n, sampler) for name, n in networks.items()}
-    count = min(source.num_examples, _COMPARED)
-    data = source.read(tf.range(count, dtype=tf.int64))["image"].numpy()
+    brightness_of_data = functools.cache(lambda: _brightness_of_data(source))
 
     def draw(step):
         tf.config.experimental.enable_tensor_float_32_execution(False)
@@ -53,8 +53,8 @@ def make_grids(config, model, source, workdir, summaries, strategy, cluster):
                 continue
             mean, deviation = everyone.mean(), everyone.std()
             logging.info(
-                "step %d  pixels of the samples (%s): mean %.1f, deviation %.1f; of %d images of the data: %.1f, %.1f",
-                step, name, mean, deviation, count, data.mean(), data.std(),
+                "step %d  pixels of the samples (%s): mean %.1f, deviation %.1f; of the data: %s",
+                step, name, mean, deviation, brightness_of_data(),
             )  # fmt: skip
             summaries.scalar(f"pixel_mean_{name}", mean, step)
             summaries.scalar(f"pixel_deviation_{name}", deviation, step)
@@ -63,3 +63,13 @@ def make_grids(config, model, source, workdir, summaries, strategy, cluster):
             images.save_png(grid_path(workdir, step, name), grid)
 
     return draw, show
+
+
+def _brightness_of_data(source):
+    """Mean and deviation of the first images, as text; a file that breaks is for training to tell."""
+    count = min(source.num_examples, _COMPARED)
+    try:
+        data = source.read(tf.range(count, dtype=tf.int64))["image"].numpy()
+    except tf.errors.OpError:
+        return "unknown, an image cannot be read"
+    return f"{data.mean():.1f}, {data.std():.1f} ({count} images)"

@@ -19,6 +19,8 @@ def make_replica_sampler(strategy, network, sampler):
     local = len(strategy.extended.worker_devices)
 
     def on_replica(seeds):
+        # The loop keeps the batch dimension open; a replica's part would bring its number along.
+        seeds = tf.compat.v1.placeholder_with_default(seeds, [None])
         x_T = tf.ensure_shape(initial_noise(seeds, image_shape), [None, *image_shape])
         return run_loop(sampler, network_denoiser(network, sampler, None), x_T, seeds, sampler.init_state(x_T))[0]
 

@@ -1,5 +1,6 @@
 """Devices: what is set before any of them is used, and the strategy that training runs under."""
 
+import functools
 import signal
 
 import tensorflow as tf
@@ -47,8 +48,14 @@ def make_strategy(name="auto", *, join_timeout_s=JOIN_TIMEOUT_S):
         found = "names one worker" if workers else "is not set"
         raise InputError(f"--strategy=multi_worker needs TF_CONFIG with at least two workers; it {found}.")
     if name == "mirrored" or (name == "auto" and tf.config.list_physical_devices("GPU")):
-        return tf.distribute.MirroredStrategy(), Cluster()
+        return _mirrored(), Cluster()
     return tf.distribute.get_strategy(), Cluster()
+
+
+@functools.cache
+def _mirrored():
+    """One for the process: the collectives of a second one would have the first one's numbers, and be taken for them."""
+    return tf.distribute.MirroredStrategy()
 
 
 def _join(workers, timeout_s):

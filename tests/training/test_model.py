@@ -13,7 +13,7 @@ from ddpm_tf.networks import UNet
 from ddpm_tf.training.ema import make_ema_network
 from ddpm_tf.training.model import DiffusionModel
 from ddpm_tf.training.optimizers import make_optimizer
-from tests.conftest import tf1_name
+from tests.conftest import mirrored, tf1_name
 
 SCHEDULE = Schedule(make_betas("linear", 1000))
 
@@ -58,8 +58,7 @@ def train(
     replicas, steps, *, steps_per_execution=1, dropout=0.0, grad_clip=0.5, mode="global", remat=False, probe=None
 ):
     """A small model after `steps` steps, on 1 or 2 replicas with the same global batch of 8."""
-    devices = [f"CPU:{i}" for i in range(replicas)]
-    strategy = tf.distribute.MirroredStrategy(devices) if replicas > 1 else tf.distribute.get_strategy()
+    strategy = mirrored(replicas)
     dataset = make_dataset(ArraySource(images()), batch_size=8, seed=0, random_flip=True)
     with strategy.scope():
         network = UNet(

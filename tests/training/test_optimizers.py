@@ -11,7 +11,7 @@ from ddpm_tf.networks import UNet
 from ddpm_tf.training import checkpoints
 from ddpm_tf.training.model import DiffusionModel
 from ddpm_tf.training.optimizers import OPTIMIZERS, make_optimizer
-from tests.conftest import state, tiny_config
+from tests.conftest import mirrored, state, tiny_config
 
 # So many steps that of the first mean square 1e-11 is left: small gradients then show where epsilon is added.
 RATE, WARMUP, STEPS = 1e-3, 4, 500
@@ -63,8 +63,7 @@ def test_rmsprop_is_tensorflow_1s():
 
 
 def small_model(name, replicas=1):
-    devices = [f"CPU:{i}" for i in range(replicas)]
-    strategy = tf.distribute.MirroredStrategy(devices) if replicas > 1 else tf.distribute.get_strategy()
+    strategy = mirrored(replicas)
     with strategy.scope():
         network = UNet((8, 8, 1), ch=32, ch_mult=(1,), num_res_blocks=1, attn_resolutions=())
         model = DiffusionModel(network, GaussianDiffusion(Schedule(make_betas("linear", 1000))))

@@ -16,14 +16,13 @@ from ddpm_tf.training import diagnostics, loss_scale
 from ddpm_tf.training.loss_scale import LossScale
 from ddpm_tf.training.model import DiffusionModel
 from ddpm_tf.training.optimizers import make_optimizer
-from tests.conftest import rows, state, tiny_config
+from tests.conftest import mirrored, rows, state, tiny_config
 
 DIFFUSION = GaussianDiffusion(Schedule(make_betas("linear", 100)))
 
 
 def make(*, dtype="float32", replicas=1, optimizer=None, cls=DiffusionModel, **kwargs):
-    devices = [f"CPU:{i}" for i in range(replicas)]
-    strategy = tf.distribute.MirroredStrategy(devices) if replicas > 1 else tf.distribute.get_strategy()
+    strategy = mirrored(replicas)
     with strategy.scope():
         network = UNet((8, 8, 1), ch=64, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), dropout=0.1, dtype=dtype)
         model = cls(network, DIFFUSION, seed=3, ema_decay=0.9, grad_clip=0.5, **kwargs)

@@ -18,7 +18,7 @@ from ddpm_tf.training import checkpoints
 from ddpm_tf.training.model import DiffusionModel
 from ddpm_tf.training.optimizers import make_optimizer
 from ddpm_tf.training.skipped import SkippedSteps
-from tests.conftest import rows, state, tiny_config
+from tests.conftest import mirrored, rows, state, tiny_config
 
 BATCH = 8
 
@@ -37,8 +37,7 @@ class Scripted(DiffusionModel):
 
 
 def make(replicas=1, *, bad_steps=(), bad_index=range(BATCH), steps_per_execution=1, limit=20):
-    devices = [f"CPU:{i}" for i in range(replicas)]
-    strategy = tf.distribute.MirroredStrategy(devices) if replicas > 1 else tf.distribute.get_strategy()
+    strategy = mirrored(replicas)
     with strategy.scope():
         network = UNet((8, 8, 1), ch=64, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), dropout=0.1)
         diffusion = GaussianDiffusion(Schedule(make_betas("linear", 100)))
