@@ -142,6 +142,7 @@ def state(workdir):
 
 
 def rows(workdir):
+    """Of metrics.jsonl, without the timing; a row that is being written while this reads is not yet one."""
     timing = ("seconds", "images_per_s")
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    lines = (workdir / "metrics.jsonl").read_text().rpartition("\n")[0].splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]

@@ -85,20 +85,21 @@ def save(folder, step, tensors, meta, *, keep, keep_every=0):
             f"{bad[0]} is not finite after step {step} ({len(bad)} of {len(tensors)} tensors): not saved. The last "
             f"checkpoint in {folder} is kept; lower optimizer.learning_rate and start again from it."
         )
-    temporary = os.path.join(folder, f".tmp-{step}-{uuid.uuid4().hex}")
 
     def write():
-        shutil.rmtree(temporary, ignore_errors=True)
-        _write(temporary, tensors, meta)
-        if os.path.isdir(step_folder(folder, step)):  # could not be read when the run went on from an older one
-            os.rename(step_folder(folder, step), os.path.join(folder, f".trash-{step}-{uuid.uuid4().hex}"))
-        os.rename(temporary, step_folder(folder, step))
+        temporary = os.path.join(folder, f".tmp-{step}-{uuid.uuid4().hex}")  # another each time: removing one may fail too
+        try:
+            _write(temporary, tensors, meta)
+            if os.path.isdir(step_folder(folder, step)):  # could not be read when the run went on from an older one
+                os.rename(step_folder(folder, step), os.path.join(folder, f".trash-{step}-{uuid.uuid4().hex}"))
+            os.rename(temporary, step_folder(folder, step))
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     try:
         _retried(write, step)
         _retried(lambda: fsync(folder), step)
     except (OSError, tf.errors.OpError) as e:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise _storage_error(folder, step, tensors, e) from e
     sweep(folder)
     prune(folder, keep, keep_every)

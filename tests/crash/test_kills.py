@@ -4,7 +4,6 @@ CRASH_KILLS=200 python -m pytest -m slow tests/crash      (the full size; 20 of 
 """
 
 import concurrent.futures
-import json
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 
 from ddpm_tf.training import checkpoints
+from tests.conftest import rows
 
 ROOT = Path(__file__).parent.parent.parent
 KILLS = int(os.environ.get("CRASH_KILLS", "20"))
@@ -31,6 +31,7 @@ ARGS = (
 SLOW_DISK = """
 import runpy, sys, time
 from ddpm_tf.training import checkpoints
+from tests.conftest import rows
 fsync = checkpoints.fsync
 checkpoints.fsync = lambda path: (time.sleep(0.1), fsync(path))
 sys.argv = sys.argv[1:]
@@ -43,19 +44,13 @@ def start(workdir, *args, before=()):
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def rows(workdir):
-    lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "images_per_s")} for line in lines]
-
-
 def wait_for_a_row(process, workdir):
     """From the first step on: the start of Python and TensorFlow is no moment of training."""
     log, began = workdir / "metrics.jsonl", time.monotonic()
     before = log.stat().st_size if log.exists() else 0
     while process.poll() is None and (not log.exists() or log.stat().st_size <= before):
-        before = (
-            min(before, log.stat().st_size) if log.exists() else before
-        )  # rows after the last checkpoint are cut off
+        if log.exists():  # rows after the last checkpoint are cut off
+            before = min(before, log.stat().st_size)
         assert time.monotonic() - began < 180
         time.sleep(0.01)
 
