@@ -1,3 +1,5 @@
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -51,15 +53,33 @@ def test_rmsprop_is_the_originals_formula():
     assert_same(weights_after("rmsprop"), expected)
 
 
-def test_rmsprop_is_tensorflow_1s():
-    """The kernel that the original ran, in TensorFlow's compatibility module."""
+def test_adam_is_its_formula():
+    """Kingma & Ba with epsilon added to the root, in float64; the bias correction counts from 1."""
+    m, v, w, expected = np.zeros(SIZES.size), np.zeros(SIZES.size), np.zeros(SIZES.size), []
+    for step, gradient in enumerate(GRADIENTS.astype(np.float64)):
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        root = np.sqrt(v / (1 - 0.999 ** (step + 1))) + 1e-8 / np.sqrt(1 - 0.999 ** (step + 1))
+        w = w - RATE * min(step / WARMUP, 1) * m / (1 - 0.9 ** (step + 1)) / root
+        expected.append(w)
+    assert_same(weights_after("adam"), expected)
+
+
+TENSORFLOW_1 = {
+    "adam": functools.partial(tf.compat.v1.train.AdamOptimizer, epsilon=1e-8),
+    "rmsprop": functools.partial(tf.compat.v1.train.RMSPropOptimizer, decay=0.95, momentum=0.9, epsilon=1e-8),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_is_tensorflow_1s(name):
+    """The original's, in TensorFlow's compatibility module."""
     variable, rate, expected = tf.Variable(tf.zeros(SIZES.size)), tf.Variable(0.0), []
-    optimizer = tf.compat.v1.train.RMSPropOptimizer(lambda: rate, decay=0.95, momentum=0.9, epsilon=1e-8)
+    optimizer = TENSORFLOW_1[name](lambda: rate)
     for step, gradient in enumerate(GRADIENTS):
         rate.assign(RATE * min(step / WARMUP, 1))
         optimizer.apply_gradients([(tf.constant(gradient), variable)])
         expected.append(variable.numpy())
-    assert_same(weights_after("rmsprop"), expected)
+    assert_same(weights_after(name), expected)
 
 
 def small_model(name, replicas=1):
