@@ -20,7 +20,9 @@ from ddpm_tf.training.distribution import STRATEGIES
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A config file: configs/*.py.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, checkpoints, metrics, samples.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print config, parameters and shapes, and leave; writes nothing.")
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Print config, parameters, shapes and memory, and leave; writes nothing."
+)
 _START = StartOptions()
 _DOWNLOAD = flags.DEFINE_bool("download", False, "Let TFDS fetch and prepare a data set that is missing.")
 _GRACE = flags.DEFINE_float(
@@ -54,7 +56,7 @@ def main(_):
     if _CONFIG.value is None:
         raise InputError("--config is missing; give a config file, for example --config=configs/digits.py.")
     if _DRY_RUN.value:
-        print(experiment.describe(_CONFIG.value))
+        print(experiment.describe(_CONFIG.value, _STRATEGY.value))
         return
     if not _WORKDIR.value:
         raise InputError("--workdir is missing; give the folder of the run, for example --workdir=runs/digits.")

@@ -4,14 +4,16 @@ import math
 
 import tensorflow as tf
 
+from ddpm_tf import config as config_lib
 from ddpm_tf.data import load_source, make_dataset
+from ddpm_tf.diffusion.losses import make_loss
 from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.diffusion.schedules import Schedule, make_betas
 from ddpm_tf.errors import InputError, unknown_name
 from ddpm_tf.networks import UNet
 from ddpm_tf.samplers import make_sampler
 from ddpm_tf.training.model import DiffusionModel
-from ddpm_tf.training.optimizers import make_optimizer
+from ddpm_tf.training.optimizers import OPTIMIZERS, make_optimizer
 
 NETWORKS = {"unet": UNet}
 
@@ -72,26 +74,63 @@ def uses_xla(config):
 
 def build_model(config, strategy, *, max_skipped_steps=None):
     """The trainer, compiled, with all variables made under `strategy`; max_skipped_steps: None: the config's."""
-    replicas = strategy.num_replicas_in_sync
-    t, parts = config.train, replicas * config.train.micro_batches
-    if config.data.batch_size % parts:
-        below = config.data.batch_size // parts * parts
-        nearest = [str(b) for b in (below, below + parts) if b]
-        micro = f" times train.micro_batches={t.micro_batches}" if t.micro_batches > 1 else ""
-        raise InputError(
-            f"data.batch_size={config.data.batch_size} is not divisible by the {replicas} replicas{micro}; use "
-            f"{' or '.join(nearest)}."
-        )
-    diffusion = build_diffusion(config)
+    check_batch_size(config, strategy.num_replicas_in_sync)
+    t, diffusion = config.train, build_diffusion(config)
     with strategy.scope():
+        optimizer = build_optimizer(config)
         model = DiffusionModel(
             build_network(config, diffusion, precision=t.precision), diffusion, seed=config.seed,
             loss=t.loss, loss_weight=t.loss_weight, ema_decay=t.ema_decay,
             grad_clip=t.grad_clip, grad_clip_mode=t.grad_clip_mode,
             max_skipped_steps=max_skipped_steps or t.max_skipped_steps, micro_batches=t.micro_batches,
         )  # fmt: skip
-        model.compile(build_optimizer(config), jit_compile=uses_xla(config), steps_per_execution=t.steps_per_execution)
+        model.compile(optimizer, jit_compile=uses_xla(config), steps_per_execution=t.steps_per_execution)
     return model
+
+
+def check(config):
+    """Refuse a config that cannot be trained, with everything that is wrong in it.
+
+    Where nothing is, no TensorFlow op is run: the devices and the strategy are set up after this.
+
+    Raises:
+        InputError
+    """
+    config_lib.check_types(config)
+    found = config_lib.range_problems(config)
+    told = {text.partition(".")[0] for text in found}  # sections
+
+    def attempt(sections, build, *args):
+        if told & set(sections):
+            return None
+        try:
+            return build(config, *args)
+        except InputError as e:
+            found.append(str(e))
+
+    diffusion = attempt(["diffusion"], build_diffusion)
+    if diffusion:
+        attempt(["sample"], build_sampler, diffusion)
+        attempt(["train"], lambda c, d: make_loss(c.train.loss, d, weight=c.train.loss_weight), diffusion)
+    if config.optimizer.name not in OPTIMIZERS:
+        found.append(str(unknown_name("optimizer", config.optimizer.name, OPTIMIZERS)))
+    if found and diffusion:  # else it is built anyway
+        attempt(["data", "network"], build_network, diffusion)
+    config_lib.refuse(found)
+
+
+def check_batch_size(config, replicas):
+    """Refuse a batch that replicas and micro-batches do not divide."""
+    micro_batches = config.train.micro_batches
+    parts = replicas * micro_batches
+    if config.data.batch_size % parts:
+        below = config.data.batch_size // parts * parts
+        nearest = [str(b) for b in (below, below + parts) if b]
+        micro = f" times train.micro_batches={micro_batches}" if micro_batches > 1 else ""
+        raise InputError(
+            f"data.batch_size={config.data.batch_size} is not divisible by the {replicas} replicas{micro}; use "
+            f"{' or '.join(nearest)}."
+        )
 
 
 def build_sampler(config, diffusion):

@@ -83,16 +83,29 @@ FIELDS = (
 )  # fmt: skip
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-_POSITIVE = (
-    "data.image_size", "data.batch_size", "diffusion.num_timesteps", "network.ch", "network.num_res_blocks",
-    "network.block_size",
-    "train.num_steps", "train.keep_checkpoints", "train.max_skipped_steps", "train.micro_batches", "train.steps_per_execution",
-    "sample.num_images", "sample.batch_size",
-)  # fmt: skip
-_NOT_NEGATIVE = (
-    "data.image_width", "train.log_every", "train.checkpoint_every", "train.sample_every", "sample.num_steps",
-    "data.in_memory_mb", "train.checkpoint_minutes", "train.keep_every",
-)  # fmt: skip
+_SEEDS = ("seed", "sample.seed")
+# What a value must be -> (whether it is, the fields). Names are checked by the tables they are names of.
+_RANGES = {
+    "at least 1": (lambda v: v >= 1, (
+        "data.image_size", "data.batch_size", "diffusion.num_timesteps", "network.ch", "network.num_res_blocks",
+        "network.block_size", "train.num_steps", "train.keep_checkpoints", "train.max_skipped_steps", "train.micro_batches",
+        "train.steps_per_execution", "sample.num_images", "sample.batch_size",
+    )),
+    "at least 0": (lambda v: v >= 0, (
+        "data.image_width", "train.log_every", "train.checkpoint_every", "train.sample_every", "sample.num_steps",
+        "data.in_memory_mb", "train.checkpoint_minutes", "train.keep_every", "train.grad_clip", "optimizer.warmup_steps",
+    )),
+    "above 0": (lambda v: v > 0, ("optimizer.learning_rate",)),
+    "above 0 and at most 1": (lambda v: 0 < v <= 1, ("diffusion.beta_start", "diffusion.beta_end")),
+    "at least 0 and below 1": (lambda v: 0 <= v < 1, (
+        "network.dropout", "train.ema_decay", "optimizer.beta_1", "optimizer.beta_2",
+    )),
+    "above 0 and below 1": (lambda v: 0 < v < 1, ("optimizer.epsilon",)),
+    "within 0..1": (lambda v: 0 <= v <= 1, ("sample.eta",)),
+    "1 or 3": (lambda v: v in (1, 3), ("data.channels",)),
+    "auto, on or off": (lambda v: v in ("auto", "on", "off"), ("train.jit_compile",)),
+    f"one of {PRECISIONS}": (lambda v: v in PRECISIONS, ("train.precision",)),
+}  # fmt: skip
 _INTERVALS = ("train.log_every", "train.checkpoint_every", "train.sample_every")
 
 
@@ -120,27 +133,52 @@ def put(config, path, value):
     (config[section] if section else config)[name] = value
 
 
-def validate(config):
-    """Raise InputError for values that no run can have; names are checked where they are used."""
-    problems = [f"{p} must be at least 1, found {get(config, p)}" for p in _POSITIVE if get(config, p) < 1]
-    problems += [f"{p} must be at least 0, found {get(config, p)}" for p in _NOT_NEGATIVE if get(config, p) < 0]
-    if config.data.channels not in (1, 3):
-        problems.append(f"data.channels must be 1 or 3, found {config.data.channels}")
-    if config.train.jit_compile not in ("auto", "on", "off"):
-        problems.append(f"train.jit_compile must be auto, on or off, found {config.train.jit_compile!r}")
-    if config.train.precision not in PRECISIONS:
-        problems.append(f"train.precision must be one of {PRECISIONS}, found {config.train.precision!r}")
-    for path in ("seed", "sample.seed"):
-        if not -(2**63) <= get(config, path) < 2**63:
-            problems.append(f"{path} must fit in 64 bits, found {get(config, path)}")
+def _type_problem(field, value):
+    """What is wrong with a value's type, or None; ConfigDict itself takes None for anything, and True for a number."""
+    expected = type(field.default)
+    is_right = type(value) is expected or (expected is float and type(value) is int)
+    if not is_right or (expected is tuple and not all(type(v) is int for v in value)):
+        kind = "a tuple of integers" if expected is tuple else f"of type {expected.__name__}"
+        return f"{field.path} must be {kind}, found {value!r}"
+    if expected is float and value and not 1e-37 < abs(value) < 1e37:  # it is computed with in float32
+        return f"{field.path} must be 0 or a number between 1e-37 and 1e37, found {value!r}"
+    bits = 64 if field.path in _SEEDS else 32
+    if expected is int and not -(2 ** (bits - 1)) <= value < 2 ** (bits - 1):
+        return f"{field.path} must fit in {bits} bits, found {value}"
+
+
+def refuse(problems, origin="The config"):
+    """Raise InputError with all `problems`, sentences, unless there are none."""
+    if problems:
+        raise InputError(f"{origin} has values that cannot be used:\n  " + "\n  ".join(problems))
+
+
+def check_types(config):
+    """Refuse values of a type that the field does not have."""
+    refuse(list(filter(None, (_type_problem(field, get(config, field.path)) for field in FIELDS))))
+
+
+def range_problems(config):
+    """What is out of range in a config of the right types: sentences that begin with a field's path."""
+    found = []
+    for what, (is_right, paths) in _RANGES.items():
+        found += [f"{p} must be {what}, found {get(config, p)!r}" for p in paths if not is_right(get(config, p))]
     steps = config.train.steps_per_execution
-    problems += [
+    found += [
         f"{p}={get(config, p)} must be a multiple of train.steps_per_execution={steps}"
         for p in (*_INTERVALS, "train.num_steps")
         if steps > 0 and get(config, p) % steps
     ]
-    if problems:
-        raise InputError("The config has values that cannot be used:\n  " + "\n  ".join(problems))
+    d = config.data
+    if d.batch_size * d.image_size * (d.image_width or d.image_size) * d.channels >= 2**31:
+        found.append(f"data.batch_size={d.batch_size} images have 2^31 values or more")
+    return found
+
+
+def validate(config):
+    """Raise InputError for values that no run can have, all at once; names are checked where they are used."""
+    check_types(config)
+    refuse(range_problems(config))
 
 
 def to_json(config):
@@ -162,14 +200,14 @@ def from_json(text, origin):
     known = {field.path: field for field in FIELDS}
     unknown, missing = sorted(values.keys() - known.keys()), sorted(known.keys() - values.keys())
     if unknown or missing:
+        meant = "".join(f" Did you mean {suggest(path)} by {path}?" for path in unknown if suggest(path))
         raise InputError(
-            f"{origin} was written by another version: fields unknown here {unknown}, fields missing there {missing}."
+            f"{origin} was written by another version: fields unknown here {unknown}, fields missing there {missing}.{meant}"
         )
+    values = {path: tuple(value) if isinstance(value, list) else value for path, value in values.items()}
+    refuse(list(filter(None, (_type_problem(known[path], value) for path, value in values.items()))), origin)
     for path, value in values.items():
-        try:
-            put(config, path, tuple(value) if isinstance(value, list) else value)
-        except (TypeError, ValueError) as e:
-            raise InputError(f"{origin}: {path} cannot be {value!r}: {e}") from e
+        put(config, path, value)
     return config
 
 

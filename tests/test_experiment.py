@@ -334,21 +334,9 @@ def test_a_folder_of_something_else_is_no_workdir(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 100}\n'
 
 
-def test_a_dry_run_tells_mistakes_and_writes_nothing(tmp_path):
-    for field, value, message in (
-        ("data.source", "bogus", "Unknown data source"),
-        ("train.loss", "bogus", "Unknown loss"),
-        ("train.loss", "hybrid", "makes no sense"),
-        ("network.ch_mult", (0,), "positive integers"),
-        ("optimizer.learning_rate", float("nan"), "learning_rate must be positive"),
-        ("optimizer.beta_1", 1.5, "within"),
-        ("seed", 2**63, "64 bits"),
-    ):
-        config = tiny_config()
-        config_lib.put(config, field, value)
-        with pytest.raises(InputError, match=message):
-            experiment.describe(config)
+def test_a_dry_run_does_without_the_data_and_writes_nothing(tmp_path):
     config = tiny_config()
     config.data.source = f"tfrecord:{tmp_path / 'none.tfrecords'}"
-    assert "unknown, data set not prepared" in experiment.describe(config)
+    text = experiment.describe(config)
+    assert "unknown, data set not prepared" in text and "memory, estimated, on one device with 8 images: " in text
     assert not list(tmp_path.iterdir())

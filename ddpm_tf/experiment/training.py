@@ -13,7 +13,6 @@ from absl import logging
 from ddpm_tf import builders
 from ddpm_tf import config as config_lib
 from ddpm_tf.data.manifest import digest, manifest
-from ddpm_tf.diffusion.losses import make_loss
 from ddpm_tf.errors import (
     BadDataError,
     DataNotFoundError,
@@ -29,34 +28,43 @@ from ddpm_tf.experiment.resume import NAN_POLICIES, StartOptions, check_data, lo
 from ddpm_tf.experiment.workdir import check_workdir, check_writable, locked, read_config
 from ddpm_tf.files import write_text
 from ddpm_tf.training import checkpoints
-from ddpm_tf.training.distribution import configure_devices, distribute, make_strategy
+from ddpm_tf.training.distribution import configure_devices, count_replicas, distribute, make_strategy
 from ddpm_tf.training.fingerprint import code_digest
 from ddpm_tf.training.fingerprint import fingerprint as make_fingerprint
+from ddpm_tf.training.memory import estimate_step_memory
 
 
-def describe(config):
+def describe(config, strategy="auto"):
     """What a run with this config would be, as text; needs no data and writes nothing.
+
+    Args:
+        config: a ConfigDict of `config.default()`'s fields.
+        strategy: as --strategy; the other workers of TF_CONFIG are counted, not waited for.
 
     Raises:
         InputError: a config that cannot be trained, or data that are there and cannot be used.
     """
-    config_lib.validate(config)
-    diffusion = builders.build_diffusion(config)
-    network = builders.build_network(config, diffusion)
-    builders.build_sampler(config, diffusion)
-    builders.build_optimizer(config)
-    make_loss(config.train.loss, diffusion, weight=config.train.loss_weight)
+    builders.check(config)
+    configure_devices()
+    replicas = count_replicas(strategy)
+    builders.check_batch_size(config, replicas)
     try:
-        num_examples = builders.build_source(config, read_only=True).num_examples
-        steps_per_epoch = f"{num_examples / config.data.batch_size:.1f} ({num_examples:,} images)"
+        source = builders.build_source(config, read_only=True)
+        builders.build_dataset(config, source, start_step=0)
+        steps_per_epoch = f"{source.num_examples / config.data.batch_size:.1f} ({source.num_examples:,} images)"
     except DataNotFoundError as e:
         steps_per_epoch = f"unknown, data set not prepared ({' '.join(str(e).split())})"
+    model = builders.build_model(config, tf.distribute.get_strategy())
+    network, size = model.network, config.data.batch_size // replicas
+    memory = estimate_step_memory(model, size // config.train.micro_batches)
     shape = [config.data.batch_size, *builders.image_shape(config)]
     return (
         f"{config_lib.to_json(config)}\n{builders.parameter_table(network)}\n\n"
         f"x_t {shape} float32, t [{shape[0]}] int32 -> {shape[:-1] + [network.out_channels]} float32\n"
         f"parameters: {network.count_params():,}\nsteps per epoch: {steps_per_epoch}\n"
-        f"steps: {config.train.num_steps:,}"
+        f"steps: {config.train.num_steps:,}\n"
+        f"memory, estimated, on {'one device' if replicas == 1 else f'each of {replicas} devices'} with {size} images: "
+        f"{memory.peak / 2**20:,.0f} MiB, of which {memory.kept / 2**20:,.0f} MiB are weights, average and moments"
     )
 
 
@@ -77,11 +85,12 @@ def train(config, workdir, start=StartOptions()):  # noqa: B008 - immutable
         PeerLostError: another worker was killed, does not answer, or ended by an error.
         Interrupted: SIGTERM or SIGINT; the state was saved.
     """
-    config_lib.validate(config)
+    builders.check(config)
     if start.nan_policy not in NAN_POLICIES:
         raise unknown_name("--nan_policy", start.nan_policy, NAN_POLICIES)
-    if not 0 < start.grace_period_s < float("inf"):
-        raise InputError(f"--grace_period_s must be a positive number of seconds, found {start.grace_period_s}.")
+    for flag in ("grace_period_s", "join_timeout_s"):
+        if not 0 < getattr(start, flag) <= 1e6:
+            raise InputError(f"--{flag} must be above 0 and at most 1e6 seconds, found {getattr(start, flag)}.")
     configure_devices(deterministic=config.train.deterministic, tf32=config.train.tf32)
     if not os.environ.get("TF_CONFIG"):  # several workers wait for the chief, and hear of its mistakes
         _check_workdir(config, workdir, start)
@@ -123,7 +132,6 @@ def _settings(config, start):
 
 
 def _run(config, workdir, start, strategy, cluster):
-    builders.build_sampler(config, builders.build_diffusion(config))  # mistakes show before the data are read
     limit = 1 if start.nan_policy == "stop" else None
     model = builders.build_model(config, strategy, max_skipped_steps=limit)
     with contextlib.ExitStack() as stack:
@@ -186,14 +194,14 @@ def _fit(config, model, source, workdir, start, fingerprint, strategy, cluster):
             shuffle=False,
             callbacks=list(every_step.values()),
         )
-    except tf.errors.ResourceExhaustedError as e:
+    except (tf.errors.ResourceExhaustedError, MemoryError) as e:
         if checkpoints.is_full(e):
             raise StorageError(f"{str(e).partition(chr(10))[0]} {storage_advice(e)}") from e
+        what = re.search(r"OOM when allocating tensor with \S+ and type \S+|$", str(e))[0]
         raise InputError(
-            f"Out of memory with data.batch_size={config.data.batch_size} and {model.network.count_params():,} "
-            f"parameters: {str(e).partition(chr(10))[0]} Lower data.batch_size, raise "
-            f"train.micro_batches, set network.remat, or use more devices. The last "
-            f"checkpoint in {workdir} is kept."
+            f"Out of memory with data.batch_size={config.data.batch_size} and {model.network.count_params():,} parameters"
+            f"{what and f' ({what})'}. Raise train.micro_batches, set network.remat, use more devices, or begin a new run "
+            f"with a smaller data.batch_size; --dry_run estimates what is needed. The last checkpoint in {workdir} is kept."
         ) from e
     except tf.errors.OpError as e:  # what a source raises arrives as the text of an op's error
         found = re.search(r"InputError: (.*)", str(e))

@@ -39,17 +39,36 @@ def make_strategy(name="auto", *, join_timeout_s=JOIN_TIMEOUT_S):
     Raises:
         InputError: an unknown name, a TF_CONFIG or an address that cannot be used, a worker that does not come.
     """
+    workers = _workers(name)
+    if workers:
+        return _join(workers, join_timeout_s), Cluster(workers)
+    if name == "mirrored" or (name == "auto" and tf.config.list_physical_devices("GPU")):
+        return _mirrored(), Cluster()
+    return tf.distribute.get_strategy(), Cluster()
+
+
+def _workers(name):
+    """The Workers that a strategy runs on; None: this process alone."""
     if name not in STRATEGIES:
         raise unknown_name("--strategy", name, STRATEGIES)
     workers = read_tf_config() if name in ("auto", "multi_worker") else None
     if workers and len(workers.addresses) > 1:
-        return _join(workers, join_timeout_s), Cluster(workers)
+        return workers
     if name == "multi_worker":
         found = "names one worker" if workers else "is not set"
         raise InputError(f"--strategy=multi_worker needs TF_CONFIG with at least two workers; it {found}.")
-    if name == "mirrored" or (name == "auto" and tf.config.list_physical_devices("GPU")):
-        return _mirrored(), Cluster()
-    return tf.distribute.get_strategy(), Cluster()
+
+
+def count_replicas(name="auto"):
+    """How many replicas `make_strategy(name)` would have, without waiting for other workers.
+
+    Raises:
+        InputError: an unknown name, a TF_CONFIG that cannot be used.
+    """
+    workers = _workers(name)
+    if name == "default":
+        return 1
+    return max(len(tf.config.list_physical_devices("GPU")), 1) * (len(workers.addresses) if workers else 1)
 
 
 @functools.cache

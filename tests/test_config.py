@@ -1,0 +1,218 @@
+"""Every field of the config: its name mistyped, its type wrong, its value out of range."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from configs import digits
+from ddpm_tf import app, experiment
+from ddpm_tf import config as config_lib
+from ddpm_tf.errors import InputError
+from ddpm_tf.experiment.workdir import check_same
+from tests.conftest import tiny_config
+
+ROOT = Path(__file__).parent.parent
+PATHS = [field.path for field in config_lib.FIELDS]
+WRONG_TYPE = {
+    int: ["x", 1.5, None, True, [1], 2**63],
+    float: ["x", None, True, [1.0], float("nan"), float("inf"), 1e39, 1e-60],
+    bool: ["yes", 2, 1, None],
+    str: [3, True, None, ["x"]],
+    tuple: ["abc", 5, None, [1.5], ["a"], [None]],
+}
+# Fields that any value of their type is right for: switches, and paths that are looked up when the data are read.
+ANY = {
+    "data.random_flip", "data.data_dir", "data.split", "network.resamp_with_conv", "network.remat", "train.tf32",
+    "train.deterministic", "sample.clip",
+}  # fmt: skip
+OUT_OF_RANGE = {
+    "seed": [2**63],
+    "data.source": ["", "digit"],
+    "data.image_size": [0, 9],
+    "data.image_width": [-1, 9],
+    "data.channels": [0, 2],
+    "data.batch_size": [0, -8],
+    "data.in_memory_mb": [-1],
+    "diffusion.schedule": ["linaer"],
+    "diffusion.num_timesteps": [0],
+    "diffusion.beta_start": [0.0, -1e-4, 1.5],
+    "diffusion.beta_end": [0.0, 1.5],
+    "diffusion.prediction": ["noise"],
+    "diffusion.variance": ["fixed"],
+    "network.name": ["u-net"],
+    "network.ch": [0, 48],
+    "network.ch_mult": [(), (0,), (1, 1, 1, 1, 1)],
+    "network.num_res_blocks": [0],
+    "network.attn_resolutions": [(3,)],
+    "network.dropout": [-0.1, 1.0],
+    "network.block_size": [0, 3],
+    "train.num_steps": [0],
+    "train.log_every": [-1],
+    "train.checkpoint_every": [-1],
+    "train.checkpoint_minutes": [-1.0],
+    "train.keep_checkpoints": [0],
+    "train.keep_every": [-1],
+    "train.sample_every": [-1],
+    "train.loss": ["l2", "hybrid"],  # hybrid needs a learned variance
+    "train.loss_weight": ["snrr"],
+    "train.ema_decay": [-0.1, 1.0],
+    "train.grad_clip": [-1.0],
+    "train.grad_clip_mode": ["local"],
+    "train.jit_compile": ["yes"],
+    "train.precision": ["float8"],
+    "train.micro_batches": [0, 3],  # 3 does not divide the batch of 8
+    "train.max_skipped_steps": [0],
+    "train.steps_per_execution": [0, 3],
+    "optimizer.name": ["adamw"],
+    "optimizer.learning_rate": [0.0, -1.0],
+    "optimizer.warmup_steps": [-1],
+    "optimizer.beta_1": [1.0, -0.1],
+    "optimizer.beta_2": [1.0, -0.1],
+    "optimizer.epsilon": [0.0, -1e-8, 1.0],
+    "sample.sampler": ["ddmp"],
+    "sample.num_steps": [-1, 1001],
+    "sample.spacing": ["even"],
+    "sample.eta": [-0.1, 1.1],
+    "sample.num_images": [0],
+    "sample.batch_size": [0],
+    "sample.seed": [2**63],
+}
+
+
+def as_json(path, value, *, name=None):
+    """config.json of digits with one value changed, and its field renamed."""
+    values = digits.get_config().to_dict()
+    section, _, last = path.rpartition(".")
+    place = values[section] if section else values
+    del place[last]
+    place[name or last] = value
+    return json.dumps(values)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_letter_that_is_missing_is_told_with_the_field_that_was_meant(path, monkeypatch):
+    last = path.rpartition(".")[2]
+    for k in (1, len(last) // 2):
+        mistyped = last[:k] + last[k + 1 :]
+        with pytest.raises(
+            InputError, match=f"config.json was written by another version: fields unknown here .*{mistyped}"
+        ):
+            config_lib.from_json(as_json(path, 1, name=mistyped), "config.json")
+        flag = f"--config.{path.removesuffix(last)}{mistyped}=1"
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+        argv = ["run_train.py", "--config=configs/digits.py", flag]
+        monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for the fields
+        with pytest.raises((AttributeError, KeyError)) as e:
+            values(argv)
+        assert f"Unknown config field {flag[:-2]}. Did you mean --config." in app._explain_config_error(argv, e.value)
+        assert config_lib.suggest(path.removesuffix(last) + mistyped) == path
+
+
+@pytest.mark.parametrize("field", config_lib.FIELDS, ids=PATHS)
+def test_a_value_of_another_type_is_refused(field):
+    for value in WRONG_TYPE[type(field.default)]:
+        with pytest.raises(InputError, match=f"(?s)config.json has values that cannot be used.*{field.path} must "):
+            config_lib.from_json(as_json(field.path, value), "config.json")
+
+
+def test_none_in_a_config_file_is_refused():
+    """A locked ConfigDict takes it for any field."""
+    config = tiny_config()
+    config.train.num_steps = config.optimizer.learning_rate = None
+    with pytest.raises(InputError, match="(?s)train.num_steps must be of type int, found None.*learning_rate must be"):
+        config_lib.validate(config)
+
+
+def test_everything_that_is_wrong_is_told_at_once():
+    config = tiny_config()
+    for path in ("train.ema_decay", "network.dropout", "optimizer.beta_1"):
+        config_lib.put(config, path, 5.0)
+    config.diffusion.schedule = "linaer"
+    with pytest.raises(InputError) as e:
+        experiment.describe(config)
+    for part in ("train.ema_decay must be", "network.dropout must be", "optimizer.beta_1 must be", "schedule 'linaer'"):
+        assert part in str(e.value)
+    config = tiny_config()
+    config.train.loss, config.sample.sampler, config.optimizer.name, config.network.ch = "l2", "ddmp", "adamw", 48
+    with pytest.raises(InputError) as e:
+        experiment.train(config, "")
+    for part in ("Unknown loss 'l2'", "Unknown sampler 'ddmp'", "Unknown optimizer 'adamw'", "48 channels"):
+        assert part in str(e.value)
+
+
+def test_checking_a_config_runs_no_op():
+    """Memory growth, logical devices and the strategy of several workers can be set only before the first."""
+    script = """
+import tensorflow as tf
+from ddpm_tf import builders
+from configs import cifar10, digits
+for module in (cifar10, digits):
+    config = module.get_config()
+    builders.check(config)
+    config.diffusion.variance, config.train.loss = "learned_range", "hybrid"
+    builders.check(config)
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2)
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+def test_a_batch_larger_than_the_data_or_than_can_be_addressed_is_refused():
+    for size, message in ((1800, "larger than the data set"), (10**9, "2\^31 values or more")):
+        config = tiny_config()
+        config.data.batch_size = size
+        with pytest.raises(InputError, match=message):
+            experiment.describe(config)
+
+
+def test_a_dry_run_refuses_the_strategies_that_training_refuses(monkeypatch):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    with pytest.raises(InputError, match="needs TF_CONFIG with at least two workers; it is not set"):
+        experiment.describe(tiny_config(), "multi_worker")
+    workers = {"cluster": {"worker": ["a:1", "b:1", "c:1"]}, "task": {"type": "worker", "index": 0}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(workers))
+    with pytest.raises(InputError, match="not divisible by the 3 replicas; use 6 or 9"):
+        experiment.describe(tiny_config())
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("inf"), float("nan"), 1e12])
+@pytest.mark.parametrize("flag", ["grace_period_s", "join_timeout_s"])
+def test_a_time_limit_that_is_none_is_refused(flag, seconds, tmp_path):
+    with pytest.raises(InputError, match=f"--{flag} must be above 0 and at most 1e6 seconds, found"):
+        experiment.train(tiny_config(), str(tmp_path / "w"), experiment.StartOptions(**{flag: seconds}))
+
+
+def test_every_field_has_values_that_are_out_of_range_or_none_such():
+    assert OUT_OF_RANGE.keys() | ANY == set(PATHS) and not OUT_OF_RANGE.keys() & ANY
+
+
+@pytest.mark.parametrize("path", OUT_OF_RANGE)
+def test_a_value_out_of_range_is_refused(path):
+    for value in OUT_OF_RANGE[path]:
+        config = tiny_config()
+        config_lib.put(config, path, value)
+        with pytest.raises(InputError) as e:
+            experiment.describe(config)
+        assert e.value.exit_code == 2 and len(str(e.value)) > 20
+
+
+@pytest.mark.parametrize("field", config_lib.FIELDS, ids=PATHS)
+def test_a_field_that_differs_from_the_workdirs_is_refused_if_it_is_fixed(field):
+    change = {int: lambda v: v + 1, float: lambda v: v + 0.5, bool: lambda v: not v, str: lambda v: f"{v}x"}
+    old, new = tiny_config(), tiny_config()
+    before = config_lib.get(old, field.path)
+    after = change.get(type(before), lambda v: (*v, 1))(before)
+    config_lib.put(new, field.path, after)
+    if field.free:
+        check_same(old, new, "--workdir=W")
+        return
+    with pytest.raises(InputError, match="^--workdir=W was made with another config") as e:
+        check_same(old, new, "--workdir=W")
+    assert f"{field.path:<28} {before!r:>20} {after!r:>20}" in str(e.value)
+    assert config_lib.digest(old) != config_lib.digest(new)
