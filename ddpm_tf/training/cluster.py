@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import signal
 import socket
 import time
@@ -13,11 +14,11 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from ddpm_tf.errors import InputError, PeerLostError, RunError
+from ddpm_tf.errors import InputError, PeerLostError, RunError, StorageError, storage_advice
 
 JOIN_TIMEOUT_S = 300.0
 _GROUP_KEY = 1_000_000  # of collectives on the hosts; tf.distribute counts its own up from 1
-_HELLO, _GO = b"ddpm_tf worker ", b"go\n"
+_HELLO, _GO, _REFUSED = b"ddpm_tf worker ", b"ddpm_tf go\n", b"ddpm_tf refuses: "
 
 
 class Workers(NamedTuple):
@@ -58,7 +59,7 @@ def read_tf_config():
     addresses = (*cluster.get("chief", []), *cluster.get("worker", []))
     if not addresses or len(set(addresses)) < len(addresses):
         raise wrong(f'"cluster" names {"an address twice" if addresses else "no worker"}')
-    if not isinstance(task, dict) or task.get("type") not in cluster:
+    if not isinstance(task, dict) or task.get("type") not in list(cluster):
         raise wrong(f'"task" must have a "type" among {sorted(cluster)}, found {task!r}')
     index = task.get("index")
     if type(index) is not int or not 0 <= index < len(cluster[task["type"]]):
@@ -81,7 +82,6 @@ def meet(workers, timeout_s):
             _receive_all(listener, workers, deadline, timeout_s)
             return
     hello = _HELLO + f"{workers.index} of {','.join(workers.addresses)}\n".encode()
-    refused = None
     while time.monotonic() < deadline:
         try:
             with socket.create_connection(_split(workers.addresses[0]), timeout=5) as connection:
@@ -90,9 +90,10 @@ def meet(workers, timeout_s):
                 answer = connection.makefile("rb").readline()
             if answer == _GO:
                 return
-            refused = answer.decode(errors="replace").strip()
-            if refused:
-                raise InputError(f"TF_CONFIG: the chief at {workers.addresses[0]} {refused}")
+            if answer.startswith(_REFUSED):
+                refusal = answer.removeprefix(_REFUSED).decode(errors="replace").strip()
+                raise InputError(f"TF_CONFIG: the chief at {workers.addresses[0]} {refusal}")
+            # Anything else is no answer of ours: the chief of an earlier start, which has not left yet.
         except OSError:
             pass
         time.sleep(0.2)
@@ -106,7 +107,10 @@ def _receive_all(listener, workers, deadline, timeout_s):
     """The chief's side: wait for a hello of each of the others, then send them off together."""
     arrived = {}
     try:
-        while len(arrived) < len(workers.addresses) - 1:
+        while True:
+            arrived = {k: connection for k, connection in arrived.items() if _is_open(connection)}
+            if len(arrived) == len(workers.addresses) - 1:
+                break
             listener.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
                 connection, _ = listener.accept()
@@ -126,16 +130,28 @@ def _receive_all(listener, workers, deadline, timeout_s):
             if not found:  # someone else
                 connection.close()
             elif found[2].decode() != ",".join(workers.addresses):
-                connection.sendall(f"has other addresses: {', '.join(workers.addresses)}\n".encode())
-                connection.close()
+                _refuse(connection, f"has other addresses: {', '.join(workers.addresses)}")
+            elif int(found[1]) in arrived and _is_open(arrived[int(found[1])]):
+                _refuse(connection, f"has heard of another process with index {int(found[1])}")
             else:
                 arrived[int(found[1])] = connection
         listener.close()  # before anyone is told: TensorFlow takes the address now
         for connection in arrived.values():
-            connection.sendall(_GO)
+            with contextlib.suppress(OSError):  # it is gone; TensorFlow's own joining ends with a time limit
+                connection.sendall(_GO)
     finally:
         for connection in arrived.values():
             connection.close()
+
+
+def _refuse(connection, why):
+    with contextlib.closing(connection), contextlib.suppress(OSError):
+        connection.sendall(_REFUSED + f"{why}\n".encode())
+
+
+def _is_open(connection):
+    """Whether the other side still waits: it sends nothing after its hello, so there is something to read once it has gone."""
+    return not select.select([connection], [], [], 0)[0]
 
 
 def _listen(address):
@@ -160,7 +176,7 @@ def _split(address):
 
 def _is_address(text):
     host, _, port = text.rpartition(":")
-    return bool(host) and port.isdigit() and 0 < int(port) < 65536
+    return bool(host) and port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 65536
 
 
 @contextlib.contextmanager
@@ -270,12 +286,14 @@ class Cluster:
         if self.size == 1:
             yield
             return
-        error = None
+        error = found = None
         try:
             yield
-        except RunError as e:
-            error = e
-        everyone = self.gather(error and [error.exit_code, str(error)])
+        except Exception as e:
+            error, found = e, [getattr(e, "exit_code", 1), str(e)]
+            if isinstance(e, OSError):
+                found = [StorageError.exit_code, f"{e}. {storage_advice(e)}"]
+        everyone = self.gather(found)
         if error:
             raise error
         for k, found in enumerate(everyone):

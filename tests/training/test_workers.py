@@ -21,7 +21,7 @@ from ddpm_tf import builders, errors
 from ddpm_tf.bundles import read_bundle
 from ddpm_tf.training import checkpoints, cluster
 from ddpm_tf.training.distribution import make_strategy
-from tests.conftest import rows, tiny_config
+from tests.conftest import assert_the_same_end, rows, tiny_config
 from tests.training import test_model
 
 ROOT = Path(__file__).parent.parent.parent
@@ -92,14 +92,6 @@ class Two:
             reader.join()
         assert not (self.workdir.parent / "1").exists(), "a worker that is not the chief has written"
         return [p.returncode for p in self.processes]
-
-
-def assert_the_same_end(workdir, uninterrupted):
-    (step, tensors), (_, expected) = (checkpoints.restore_latest(w / "ckpt") for w in (workdir, uninterrupted))
-    assert step == NUM_STEPS and tensors.keys() == expected.keys()
-    for name in expected:
-        np.testing.assert_array_equal(tensors[name], expected[name], err_msg=name)
-    assert rows(workdir) == rows(uninterrupted)
 
 
 @pytest.fixture(scope="module")
@@ -230,23 +222,26 @@ def test_what_one_worker_cannot_do_ends_both_with_its_code(tmp_path):
 
 @pytest.mark.slow
 def test_four_replicas_are_one(tmp_path):
-    """Clip active, dropout and flips; two replicas are tested in test_model."""
+    """The first step's draws and gradients, and the weights after 10 steps; two replicas are tested in test_model."""
     script = """
 import sys
 import numpy as np, tensorflow as tf
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4)
-from tests.training.test_model import train
+from tests.training.test_model import first_step, train
 model, log = train(4, 10, dropout=0.1)
 assert min(log.history["grad_norm"]) > 0.5
-np.savez(sys.argv[1], *[v.numpy() for v in model.network.variables])
+weights = [v.numpy() for v in (*model.network.variables, *model.ema_network.variables)]
+np.savez(sys.argv[1], *weights, *first_step(4))
 """
     path = tmp_path / "four.npz"
     subprocess.run([sys.executable, "-c", script, str(path)], cwd=ROOT, check=True, capture_output=True)
     one, _ = test_model.train(1, 10, dropout=0.1)
-    four = np.load(path)
-    for k, v in enumerate(one.network.variables):
-        np.testing.assert_allclose(four[f"arr_{k}"], v.numpy(), atol=1e-5, rtol=0, err_msg=v.path)
+    four = [array for _, array in sorted(np.load(path).items(), key=lambda item: int(item[0].removeprefix("arr_")))]
+    variables = (*one.network.variables, *one.ema_network.variables)
+    for v, value in zip(variables, four, strict=False):
+        np.testing.assert_allclose(value, v.numpy(), atol=1e-5, rtol=0, err_msg=v.path)
+    test_model.assert_same_first_step(test_model.first_step(1), four[len(variables) :])
 
 
 def meet_in_threads(addresses, timeout):
@@ -278,6 +273,94 @@ def test_workers_meet_and_whoever_does_not_come_is_named():
     assert "has other addresses" in ends[1]
 
 
+def test_what_is_still_there_of_an_earlier_start_is_waited_for():
+    """A gRPC server on the chief's port answers in its own language until its process leaves."""
+    ports = free_ports(2)
+    addresses = tuple(f"127.0.0.1:{port}" for port in ports)
+    script = f"""
+import tensorflow as tf
+server = tf.distribute.Server(tf.train.ClusterSpec({{"worker": ["{addresses[0]}"]}}), job_name="worker")
+print("up", flush=True)
+input()
+"""
+    earlier = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert earlier.stdout.readline() == "up\n"
+    threading.Timer(1.5, earlier.kill).start()
+    began = time.monotonic()
+    ends = [None, None]
+
+    def one(k):
+        if k == 0:
+            earlier.wait()
+        cluster.meet(cluster.Workers(addresses, k), 20)
+        ends[k] = time.monotonic() - began
+
+    threads = [threading.Thread(target=one, args=(k,)) for k in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(end and end >= 1.4 for end in ends)
+
+
+def test_a_second_process_with_the_same_index_is_refused():
+    addresses = tuple(f"127.0.0.1:{port}" for port in free_ports(3))
+    chief = threading.Thread(target=meet_in_threads, args=([addresses, None, None], 4))
+    chief.start()
+    connection = None
+    while connection is None:
+        with contextlib.suppress(OSError):
+            connection = socket.create_connection(("127.0.0.1", int(addresses[0].rpartition(":")[2])), 5)
+    with connection:
+        connection.sendall(f"ddpm_tf worker 1 of {','.join(addresses)}\n".encode())
+        time.sleep(0.3)
+        with pytest.raises(errors.InputError, match="has heard of another process with index 1"):
+            cluster.meet(cluster.Workers(addresses, 1), 3)
+    chief.join()
+
+
+class InThreads(cluster.Cluster):
+    """Workers that are threads: `gather` without TensorFlow's collectives."""
+
+    def __init__(self, index, barrier, board):
+        super().__init__(cluster.Workers(("a:1", "b:1"), index))
+        self.barrier, self.board = barrier, board
+
+    def gather(self, value):
+        self.board[self.index] = value
+        self.barrier.wait(10)
+        return list(self.board)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (errors.InputError("no such data"), 2, "no such data"),
+        (PermissionError(13, "Permission denied", "/data/x.npz"), 74, "Permission denied: '/data/x.npz'"),
+        (KeyError("x"), 1, "'x'"),
+    ],
+    ids=str,
+)
+def test_whatever_one_worker_fails_at_ends_all_with_its_code(error, code, message):
+    barrier, board, ends = threading.Barrier(2), [None, None], [None, None]
+
+    def one(k):
+        try:
+            with InThreads(k, barrier, board).together():
+                if k == 1:
+                    raise error
+        except Exception as e:
+            ends[k] = e
+
+    threads = [threading.Thread(target=one, args=(k,)) for k in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ends[1] is error
+    assert ends[0].exit_code == code and "Worker 1 (b:1): " in str(ends[0]) and message in str(ends[0])
+
+
 def test_an_address_in_use_is_named():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -305,6 +388,8 @@ def test_a_chief_that_does_not_come_ends_a_worker_with_2(tmp_path):
         ("[]", '"cluster" is missing'),
         ('{"cluster": {"ps": ["a:1"]}}', r"has \['ps'\]"),
         ('{"cluster": {"worker": ["a"]}}', "no list of"),
+        ('{"cluster": {"worker": ["a:\\u00b2"]}}', "no list of"),
+        ('{"cluster": {"worker": ["a:1"]}, "task": {"type": ["worker"], "index": 0}}', '"task" must have'),
         ('{"cluster": {"worker": ["a:1", "a:1"]}}', "an address twice"),
         ('{"cluster": {"worker": ["a:1"]}}', '"task" must have'),
         ('{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 2}}', r"within 0..1, found 2"),
