@@ -37,12 +37,13 @@ def make_grids(config, model, source, workdir, summaries, strategy, cluster):
     brightness_of_data = functools.cache(lambda: _brightness_of_data(source))
 
     def draw(step):
-        tf.config.experimental.enable_tensor_float_32_execution(False)
         if not is_float32:
             networks["raw"].set_weights(model.network.get_weights())
-        drawn = {name: sample_in_batches(n, sampler, s, part=part, draw=draws[name]) for name, n in networks.items()}
-        tf.config.experimental.enable_tensor_float_32_execution(config.train.tf32)
-        return drawn
+        tf.config.experimental.enable_tensor_float_32_execution(False)
+        try:
+            return {name: sample_in_batches(n, sampler, s, part=part, draw=draws[name]) for name, n in networks.items()}
+        finally:
+            tf.config.experimental.enable_tensor_float_32_execution(config.train.tf32)
 
     def show(step, drawn):
         for name, own in drawn.items():

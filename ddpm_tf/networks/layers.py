@@ -138,7 +138,10 @@ class AttnBlock(Block):
         h = self.norm_in(x)
         _, height, width, ch = x.shape
         q, k, v = (ops.reshape(f(h), (-1, height * width, ch)) for f in (self.q, self.k, self.v))
-        scores = ops.cast(ops.einsum("bqc,bkc->bqk", q, k), "float32") * (ch**-0.5)
+        scale = ch**-0.5
+        if self.compute_dtype == "float16":  # the unscaled product may exceed its 65,504
+            q, scale = q * scale, 1.0
+        scores = ops.cast(ops.einsum("bqc,bkc->bqk", q, k), "float32") * scale
         weights = ops.cast(ops.softmax(scores, axis=-1), v.dtype)
         h = ops.reshape(ops.einsum("bqk,bkc->bqc", weights, v), (-1, height, width, ch))
         return x + self.proj_out(h)

@@ -87,7 +87,8 @@ def save(folder, step, tensors, meta, *, keep, keep_every=0):
         )
 
     def write():
-        temporary = os.path.join(folder, f".tmp-{step}-{uuid.uuid4().hex}")  # another each time: removing one may fail too
+        # Another folder each time: what a failed attempt has left cannot always be removed at once.
+        temporary = os.path.join(folder, f".tmp-{step}-{uuid.uuid4().hex}")
         try:
             _write(temporary, tensors, meta)
             if os.path.isdir(step_folder(folder, step)):  # could not be read when the run went on from an older one

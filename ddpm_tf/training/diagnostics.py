@@ -15,8 +15,9 @@ def quarter_sums(diffusion, output, per_example_loss, *, x_0, x_t, t):
         float32 [3, 4]: of the loss, of the bound's term (bits/dim, x_0 clipped), and the number of examples.
     """
     bound = losses.vb_terms_bpd(diffusion, tf.stop_gradient(output), x_0=x_0, x_t=x_t, t=t, clip=True)
-    quarter = tf.one_hot(t * QUARTERS // diffusion.num_timesteps, QUARTERS)  # [B, 4]
-    return tf.stack([per_example_loss, bound, tf.ones_like(bound)]) @ quarter
+    is_in = tf.equal((t * QUARTERS // diffusion.num_timesteps)[:, None], tf.range(QUARTERS))  # [B, 4]
+    values = tf.stack([per_example_loss, bound, tf.ones_like(bound)])[:, :, None]  # [3, B, 1]
+    return tf.reduce_sum(tf.where(is_in, values, 0.0), axis=1)
 
 
 def quarter_logs(sums):

@@ -43,7 +43,10 @@ class DiffusionModel(keras.Model):
             anything any more. At least 1. Overflows that a smaller loss scale can cure do not count (float16).
         micro_batches: the gradient of a batch is the mean of that many parts', one after the other; saves memory.
 
-    `skipped_total`, `skipped_in_a_row` and `skipped_steps` (the numbers of the last ones, -1 before) count such steps;
+    The log `grad_norm` is the norm before clipping: of the global batch's gradient or, under per_replica, the mean over the
+    replicas of the norm of each one's own.
+
+    `skipped_total`, `skipped_in_a_row` and `skipped_steps` (the numbers of the last ones, -1 before) count skipped steps;
     `not_finite_at` [replicas] is the last step at which a replica's own loss or gradient was not finite, where there are
     several. `stop_votes` is the sum over replicas of `stop_wish`, which each process may set, as of the last step.
 
@@ -73,7 +76,9 @@ class DiffusionModel(keras.Model):
         self._per_example_loss = make_loss(loss, diffusion, weight=loss_weight)
         if grad_clip_mode not in GRAD_CLIP_MODES:
             raise unknown_name("grad_clip_mode", grad_clip_mode, GRAD_CLIP_MODES)
-        if not 0 <= ema_decay < 1 or grad_clip < 0 or max_skipped_steps < 1 or micro_batches < 1:
+        if not (
+            0 <= ema_decay < 1 and 0 <= grad_clip < tf.float32.max and max_skipped_steps >= 1 and micro_batches >= 1
+        ):
             raise InputError(
                 "ema_decay must be within [0, 1), grad_clip at least 0, max_skipped_steps and micro_batches at least 1, "
                 f"found {ema_decay}, {grad_clip}, {max_skipped_steps} and {micro_batches}."
@@ -93,7 +98,7 @@ class DiffusionModel(keras.Model):
         """Set the optimizer and make its slots. jit_compile: XLA for the loss and its gradient."""
         super().compile(optimizer=optimizer, steps_per_execution=steps_per_execution, jit_compile=False)
         optimizer.build(self.network.trainable_variables)
-        self._loss_and_gradient = tf.function(self._loss_and_gradient_eager, jit_compile=jit_compile, autograph=False)
+        self._compiled = tf.function(self.loss_and_gradient, jit_compile=jit_compile, autograph=False)
 
     def call(self, inputs, training=False):
         return self.network(inputs, training=training)
@@ -109,7 +114,7 @@ class DiffusionModel(keras.Model):
         logs = {
             "learning_rate": tf.identity(self.optimizer.learning_rate),
             "weight_norm": diagnostics.weight_rms(self.network.trainable_variables),
-            "ema_age": diagnostics.ema_age(step, self.ema_decay),
+            "ema_age": diagnostics.ema_age(tf.cast(step, tf.int64) - self.skipped_total, self.ema_decay),
             "loss_scale": self.loss_scale.factor(),
         }
         reduced, gradients = strategy.run(self._gradient_step, (batch,))
@@ -118,28 +123,31 @@ class DiffusionModel(keras.Model):
         self.stop_votes.assign(tf.cast(signs[-1], tf.int64))
         self.not_finite_at.assign(tf.where(signs[:-1] > 0, tf.cast(step, tf.int64), self.not_finite_at))
         is_finite = tf.math.is_finite(loss) & tf.math.is_finite(norm)
+        # Once the limit is reached nothing changes any more, however many steps one call makes.
+        is_over = self.skipped_in_a_row >= self.max_skipped_steps
 
         def update():
             strategy.run(self._update, (gradients,))
-            return tf.constant(0, tf.int64)
+            return tf.constant(0)
 
         def skip():
             self.optimizer.iterations.assign_add(1)
-            return tf.constant(1, tf.int64)
+            return tf.constant(0)
 
-        # Once the limit is reached nothing changes any more, however many steps one call makes.
-        skipped = tf.cond(is_finite & (self.skipped_in_a_row < self.max_skipped_steps), update, skip)
-        logs["skipped"] = tf.cast(self._count(skipped, step), tf.float32)
+        tf.cond(is_finite & ~is_over, update, skip)
+        is_curable = ~self.loss_scale.is_lowest() & tf.math.is_finite(loss)  # by a smaller loss scale
+        tf.cond(is_over, lambda: tf.identity(self.skipped_total), lambda: self._count(~is_finite, is_curable, step))
+        logs["skipped"] = tf.cast(self.skipped_total, tf.float32)
         self.loss_scale.update(is_finite)
         return {name: logs[name] for name in LOGS}
 
-    def _count(self, skipped, step):
-        """Keep the counts of skipped steps (`skipped`: 0 or 1); returns the total."""
-        counts = skipped * tf.cast(self.loss_scale.is_lowest(), tf.int64)
-        self.skipped_in_a_row.assign((self.skipped_in_a_row + counts) * skipped)
+    def _count(self, is_skipped, is_curable, step):
+        """Keep the counts of skipped steps; returns the total."""
+        in_a_row = self.skipped_in_a_row + tf.cast(~is_curable, tf.int64)
+        self.skipped_in_a_row.assign(tf.where(is_skipped, in_a_row, 0))
         moved = tf.concat([self.skipped_steps[1:], [tf.cast(step, tf.int64)]], axis=0)
-        self.skipped_steps.assign(tf.where(skipped > 0, moved, self.skipped_steps))
-        return self.skipped_total.assign_add(skipped)
+        self.skipped_steps.assign(tf.where(is_skipped, moved, self.skipped_steps))
+        return self.skipped_total.assign_add(tf.cast(is_skipped, tf.int64))
 
     def _gradient_step(self, batch):
         """((loss, norm before and after clipping, sums by quarter, signs), gradients) of the global batch; the same on
@@ -153,28 +161,28 @@ class DiffusionModel(keras.Model):
         # Gradient of the mean over the global batch
         loss, sums, gradients = self._accumulated(images, labels, index, self.loss_scale.factor() / replicas)
         gradients = self.loss_scale.unscaled(gradients)
-        signs = self._signs(context, loss, gradients)
+        signs, own_norm = self._signs(context, loss, gradients), tf.constant(0.0)
         if self.grad_clip_mode == "per_replica":
-            gradients, _ = self._clip(gradients, self.grad_clip / replicas)
-        own = [loss / replicas, sums, signs, *gradients]
-        loss, sums, signs, *gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, own)
-        norm = clipped = tf.linalg.global_norm(gradients)
-        if self.grad_clip_mode == "global":
-            gradients, norm = self._clip(gradients, self.grad_clip)
-            clipped = tf.minimum(norm, self.grad_clip) if self.grad_clip else norm
+            gradients, own_norm = self._clip(gradients, self.grad_clip / replicas)
+        own = [loss / replicas, sums, signs, own_norm, *gradients]
+        loss, sums, signs, norm, *gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, own)
+        if self.grad_clip_mode == "per_replica":  # the mean over replicas of the norm of each one's own loss
+            return (loss, norm, tf.linalg.global_norm(gradients), sums, signs), gradients
+        gradients, norm = self._clip(gradients, self.grad_clip)
+        clipped = tf.minimum(norm, self.grad_clip) if self.grad_clip else norm
         return (loss, norm, clipped, sums, signs), gradients
 
     def _accumulated(self, images, labels, index, scale):
-        """`_loss_and_gradient` of this replica's examples, in `micro_batches` parts."""
+        """`loss_and_gradient` of this replica's examples, in `micro_batches` parts."""
         parts, step = self.micro_batches, self.optimizer.iterations.value
         if parts == 1:
-            return self._loss_and_gradient(images, labels, index, step, scale)
+            return self._compiled(images, labels, index, step, scale)
         split = [tf.reshape(v, [parts, -1, *v.shape[1:]]) for v in (images, index)]
         labels = None if labels is None else tf.reshape(labels, [parts, -1])
 
         def body(k, loss, sums, *gradients):
             part = (split[0][k], None if labels is None else labels[k], split[1][k])
-            more_loss, more_sums, more = self._loss_and_gradient(*part, step, scale / parts)
+            more_loss, more_sums, more = self._compiled(*part, step, scale / parts)
             gradients = (g + m for g, m in zip(gradients, more, strict=True))
             return k + 1, loss + more_loss / parts, sums + more_sums, *gradients
 
@@ -211,8 +219,11 @@ class DiffusionModel(keras.Model):
         words = rng.bits(self.seed, 2, purpose=rng.Purpose.DROPOUT_SEED, **key)
         return t, eps, tf.bitcast(words, tf.int32)
 
-    def _loss_and_gradient_eager(self, images, labels, index, step, scale):
-        """(the mean loss of these images, sums by quarter of the timesteps, the gradient of `scale` times the loss)."""
+    def loss_and_gradient(self, images, labels, index, step, scale):
+        """(the mean loss of these images, sums by quarter of the timesteps, the gradient of `scale` times the loss).
+
+        index: int32 [B], the images' positions in the global batch.
+        """
         t, eps, dropout_seed = self.draws(index, step)
         x_t = self.diffusion.q_sample(images, t, eps)
         inputs = {"x_t": x_t, "t": t}
