@@ -12,13 +12,14 @@ import tensorflow as tf
 from PIL import Image
 
 from ddpm_tf import builders, experiment
+from ddpm_tf import config as config_lib
 from ddpm_tf.bundles import assign
 from ddpm_tf.data.manifest import difference, digest
 from ddpm_tf.errors import InputError, NoValidCheckpointError, StorageError, WorkdirError
 from ddpm_tf.experiment import StartOptions, resume, training
-from ddpm_tf.training import callbacks, checkpoints
+from ddpm_tf.training import callbacks, checkpoints, loss_scale
 from ddpm_tf.training.fingerprint import changes, fingerprint
-from tests.conftest import rows, state, tiny_config
+from tests.conftest import mirrored, rows, state, tiny_config
 
 
 @pytest.fixture
@@ -34,28 +35,73 @@ def assert_equal(a, b):
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-@pytest.mark.slow
-def test_going_on_from_every_step_of_forty_gives_the_same_end(tmp_path):
-    """With dropout and flips, bit for bit; nothing but the checkpoint and the step number is taken over."""
-    config = tiny_config(40)
-    config.train.checkpoint_every, config.train.keep_checkpoints = 1, 40
-    experiment.train(config, str(tmp_path))
-    folder, expected = tmp_path / "ckpt", state(tmp_path)[1]
-    assert checkpoints.list_steps(folder) == list(range(1, 41))
-    model = builders.build_model(config, tf.distribute.get_strategy())
-    model.make_train_function()
-    source = builders.build_source(config)
-    for k in range(39, 0, -1):
-        shutil.rmtree(checkpoints.step_folder(folder, k + 1))
+def steps_of(model, config, source, first, last):
+    """Take the steps from `first` to `last`; yields the number of completed ones."""
+    strategy = model.distribute_strategy
+    dataset = builders.build_dataset(config, source, start_step=first)
+    iterator = iter(strategy.experimental_distribute_dataset(dataset))
+    for step in range(first + 1, last + 1):
+        model.train_function(iterator)
+        yield step
+
+
+def values(model):
+    return {name: v.numpy() for name, v in checkpoints.variables_by_name(model).items()}
+
+
+def assert_going_on_gives_the_same_end(model, config, source, folder):
+    """From each checkpoint but the last, newest first; nothing but the checkpoint and its step is taken over."""
+    *steps, end = checkpoints.list_steps(folder)
+    _, expected = checkpoints.restore_latest(folder)
+    for k, newer in zip(steps[::-1], [*steps[1:], end][::-1], strict=True):
+        shutil.rmtree(checkpoints.step_folder(folder, newer))
         step, tensors = checkpoints.restore_latest(folder)
         assert step == k
         for v in checkpoints.variables_by_name(model).values():
-            v.assign(tf.cast(tf.fill(v.shape, 7), v.dtype))  # nothing of the run before may help
+            v.assign(tf.cast(tf.fill(v.shape, 7), v.dtype))
         assign(checkpoints.variables_by_name(model), tensors, "")
-        iterator = iter(builders.build_dataset(config, source, start_step=k))
-        for _ in range(40 - k):
-            model.train_function(iterator)
-        assert_equal({name: v.numpy() for name, v in checkpoints.variables_by_name(model).items()}, expected)
+        assert list(steps_of(model, config, source, k, end))[-1] == end
+        assert_equal(values(model), expected)
+
+
+@pytest.mark.slow
+def test_going_on_from_every_step_of_forty_gives_the_same_end(tmp_path):
+    """With dropout and random flips, bit for bit."""
+    config = tiny_config(40)
+    config.train.checkpoint_every, config.train.keep_checkpoints = 1, 40
+    experiment.train(config, str(tmp_path))
+    assert checkpoints.list_steps(tmp_path / "ckpt") == list(range(1, 41))
+    model = builders.build_model(config, tf.distribute.get_strategy())
+    model.make_train_function()
+    assert_going_on_gives_the_same_end(model, config, builders.build_source(config), tmp_path / "ckpt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("replicas", "fields"),
+    [
+        (2, {}),
+        (1, {"train.precision": "bfloat16"}),
+        (1, {"train.precision": "float16", "data.batch_size": 2}),  # which a CPU computes slowly
+        (1, {"train.micro_batches": 2}),
+    ],
+    ids=["replicas", "bfloat16", "float16", "micro_batches"],
+)
+def test_going_on_from_every_fifth_step_gives_the_same_end(replicas, fields, tmp_path, monkeypatch):
+    monkeypatch.setattr(loss_scale, "GROW_EVERY", 3)  # so that float16's scale changes between the checkpoints
+    config = tiny_config(40)
+    for path, value in fields.items():
+        config_lib.put(config, path, value)
+    source = builders.build_source(config)
+    model = builders.build_model(config, mirrored(replicas))
+    model.make_train_function()
+    scales = []
+    for step in steps_of(model, config, source, 0, 40):
+        if step % 5 == 0:
+            checkpoints.save(str(tmp_path), step, values(model), {}, keep=40)
+            scales.append(model.loss_scale.scale.numpy())
+    assert (len(set(scales)) > 1) == (fields.get("train.precision") == "float16")
+    assert_going_on_gives_the_same_end(model, config, source, tmp_path)
 
 
 def restore(workdir, start=StartOptions(), *, fingerprint={}):  # noqa: B006, B008
@@ -286,8 +332,3 @@ def test_a_damaged_row_of_the_metrics_is_dropped_with_a_warning(copy, caplog):
     metrics.on_train_begin()
     metrics.on_train_end()
     assert [row["step"] for row in rows(copy)] == [1, 3, 4] and "line 2 is damaged" in caplog.text
-
-
-def test_a_grace_period_must_be_positive(tmp_path):
-    with pytest.raises(InputError, match="--grace_period_s must be a positive"):
-        experiment.train(tiny_config(), str(tmp_path / "w"), StartOptions(grace_period_s=-1.0))

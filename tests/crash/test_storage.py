@@ -90,6 +90,35 @@ def test_a_limit_of_open_files_is_told_with_the_command_that_raises_it(tmp_path)
     assert result.returncode == 74 and "ulimit -n" in result.stderr, result.stderr
 
 
+LITTLE_MEMORY = """
+import resource, runpy, sys
+from ddpm_tf.training.model import DiffusionModel
+make = DiffusionModel.make_train_function
+def limited(self, force=False):
+    size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + (1500 << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    make(self, force)
+DiffusionModel.make_train_function = limited
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_too_little_memory_is_told_and_the_run_goes_on_with_micro_batches(tmp_path):
+    """A step of 1,024 images needs 1.5 GB and more; in 64 parts it does not."""
+    workdir = tmp_path / "w"
+    large = ("--config.data.batch_size=1024", "--config.network.ch=96", "--config.train.sample_every=0")
+    parts = (*large, "--config.train.micro_batches=64")
+    assert train(workdir, *parts, "--config.train.num_steps=1").returncode == 0
+    result = train(workdir, *large, "--config.train.num_steps=2", before=("-c", LITTLE_MEMORY))
+    assert result.returncode == 2, result.stderr
+    message = result.stderr.splitlines()[-1]
+    for part in ("Out of memory with data.batch_size=1024", "parameters (OOM when", "train.micro_batches", "is kept"):
+        assert part in message
+    assert checkpoints.restore_latest(workdir / "ckpt")[0] == 1
+    assert train(workdir, *parts, "--config.train.num_steps=2", before=("-c", LITTLE_MEMORY)).returncode == 0
+
+
 def test_a_read_only_workdir_is_refused_before_anything_is_compiled(mount):
     disk = mount("size=1m,ro")
     for workdir in (disk, disk / "new"):

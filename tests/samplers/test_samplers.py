@@ -162,7 +162,7 @@ def image_levels(images):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "num_steps"), [("ddim", 50), ("ddpm", 1000)])
 def test_a_seed_is_the_same_image_in_any_batch_and_any_mode(small_network, name, num_steps, record_property):
-    """Alone, among 7 and among 64; eagerly, as a tf.function and under XLA; to one grey level."""
+    """Alone, among 7 and among 64; as a tf.function, under XLA and, in the short chain, eagerly; to one grey level."""
     sampler = make_sampler(name, GaussianDiffusion(SCHEDULE), num_steps=num_steps)
     seeds = np.arange(100, 164)
     batch = sample(small_network, sampler, seeds).images
@@ -179,7 +179,8 @@ def test_a_seed_is_the_same_image_in_any_batch_and_any_mode(small_network, name,
         return run_loop(sampler, denoise_fn, initial_noise(seeds, (8, 8, 1)), seeds)[0]
 
     few = tf.constant(seeds[4:7])
-    others["eager"] = run(few)[1]
+    if num_steps <= 50:
+        others["eager"] = run(few)[1]
     others["graph"] = tf.function(run)(few)[1]
     others["xla"] = tf.function(run, jit_compile=True)(few)[1]
     largest = {k: float(np.abs(np.asarray(v) - batch[5]).max()) for k, v in others.items()}
