@@ -6,16 +6,24 @@ import tensorflow as tf
 
 from ddpm_tf import config as config_lib
 from ddpm_tf.data import load_source, make_dataset
-from ddpm_tf.diffusion.losses import make_loss
+from ddpm_tf.diffusion.losses import LOSS_WEIGHTS, LOSSES, make_loss
+from ddpm_tf.diffusion.prediction import PREDICTIONS
 from ddpm_tf.diffusion.process import GaussianDiffusion
-from ddpm_tf.diffusion.schedules import Schedule, make_betas
+from ddpm_tf.diffusion.schedules import BETA_SCHEDULES, TIMESTEP_SPACINGS, Schedule, make_betas
+from ddpm_tf.diffusion.variance import VARIANCES
 from ddpm_tf.errors import InputError, unknown_name
 from ddpm_tf.networks import UNet
-from ddpm_tf.samplers import make_sampler
-from ddpm_tf.training.model import DiffusionModel
+from ddpm_tf.samplers import SAMPLERS, make_sampler
+from ddpm_tf.training.model import GRAD_CLIP_MODES, DiffusionModel
 from ddpm_tf.training.optimizers import OPTIMIZERS, make_optimizer
 
 NETWORKS = {"unet": UNet}
+_NAMES = {
+    "diffusion.schedule": BETA_SCHEDULES, "diffusion.prediction": PREDICTIONS, "diffusion.variance": VARIANCES,
+    "network.name": NETWORKS, "train.loss": LOSSES, "train.loss_weight": LOSS_WEIGHTS,
+    "train.grad_clip_mode": GRAD_CLIP_MODES, "optimizer.name": OPTIMIZERS, "sample.sampler": SAMPLERS,
+    "sample.spacing": TIMESTEP_SPACINGS,
+}  # fmt: skip
 
 
 def image_shape(config):
@@ -51,11 +59,19 @@ def build_network(config, diffusion, *, precision="float32"):
         raise unknown_name("network.name", n.name, NETWORKS)
     shape = image_shape(config)
     return NETWORKS[n.name](
-        shape, out_channels=shape[-1] * (2 if diffusion.has_learned_variance else 1),
-        block_size=n.block_size, ch=n.ch, ch_mult=n.ch_mult, num_res_blocks=n.num_res_blocks,
-        attn_resolutions=n.attn_resolutions, dropout=n.dropout, resamp_with_conv=n.resamp_with_conv, remat=n.remat,
-        seed=config.seed, dtype="float32" if precision == "float32" else f"mixed_{precision}",
+        shape, out_channels=shape[-1] * (2 if diffusion.has_learned_variance else 1), **_sizes(config),
+        resamp_with_conv=n.resamp_with_conv, remat=n.remat, seed=config.seed,
+        dtype="float32" if precision == "float32" else f"mixed_{precision}",
     )  # fmt: skip
+
+
+def _sizes(config):
+    """The network's arguments that must fit each other and the images."""
+    n = config.network
+    return {
+        "ch": n.ch, "ch_mult": n.ch_mult, "num_res_blocks": n.num_res_blocks, "attn_resolutions": n.attn_resolutions,
+        "dropout": n.dropout, "block_size": n.block_size,
+    }  # fmt: skip
 
 
 def build_optimizer(config):
@@ -72,51 +88,65 @@ def uses_xla(config):
     return jit == "on" or (jit == "auto" and bool(tf.config.list_physical_devices("GPU")))
 
 
-def build_model(config, strategy, *, max_skipped_steps=None):
-    """The trainer, compiled, with all variables made under `strategy`; max_skipped_steps: None: the config's."""
+def build_model(config, strategy, *, max_skipped_steps=None, is_compiled=True):
+    """The trainer with all variables made under `strategy`.
+
+    max_skipped_steps: None: the config's. is_compiled: with optimizer and moments, else only to look at.
+    """
     check_batch_size(config, strategy.num_replicas_in_sync)
     t, diffusion = config.train, build_diffusion(config)
     with strategy.scope():
-        optimizer = build_optimizer(config)
         model = DiffusionModel(
             build_network(config, diffusion, precision=t.precision), diffusion, seed=config.seed,
             loss=t.loss, loss_weight=t.loss_weight, ema_decay=t.ema_decay,
             grad_clip=t.grad_clip, grad_clip_mode=t.grad_clip_mode,
             max_skipped_steps=max_skipped_steps or t.max_skipped_steps, micro_batches=t.micro_batches,
         )  # fmt: skip
-        model.compile(optimizer, jit_compile=uses_xla(config), steps_per_execution=t.steps_per_execution)
+        if is_compiled:
+            optimizer = build_optimizer(config)
+            model.compile(optimizer, jit_compile=uses_xla(config), steps_per_execution=t.steps_per_execution)
     return model
 
 
 def check(config):
     """Refuse a config that cannot be trained, with everything that is wrong in it.
 
-    Where nothing is, no TensorFlow op is run: the devices and the strategy are set up after this.
+    Runs no TensorFlow op: devices and strategy can be set up only before the first.
 
     Raises:
         InputError
     """
     config_lib.check_types(config)
     found = config_lib.range_problems(config)
-    told = {text.partition(".")[0] for text in found}  # sections
+    told = {problem.partition(".")[0] for problem in found}  # sections
+    for path, table in _NAMES.items():
+        if (name := config_lib.get(config, path)) not in table:
+            found.append(str(unknown_name(path, name, table)))
+            told.add(path.partition(".")[0])
 
-    def attempt(sections, build, *args):
-        if told & set(sections):
-            return None
-        try:
-            return build(config, *args)
-        except InputError as e:
-            found.append(str(e))
+    def attempt(path, build, *args, reads):
+        """What depends on several fields, where nothing is wrong with any of them alone."""
+        if not told & set(reads):
+            try:
+                return build(config, *args)
+            except InputError as e:
+                found.append(f"{path}: {e}")
 
-    diffusion = attempt(["diffusion"], build_diffusion)
+    diffusion = attempt("diffusion", build_diffusion, reads=["diffusion"])
     if diffusion:
-        attempt(["sample"], build_sampler, diffusion)
-        attempt(["train"], lambda c, d: make_loss(c.train.loss, d, weight=c.train.loss_weight), diffusion)
-    if config.optimizer.name not in OPTIMIZERS:
-        found.append(str(unknown_name("optimizer", config.optimizer.name, OPTIMIZERS)))
-    if found and diffusion:  # else it is built anyway
-        attempt(["data", "network"], build_network, diffusion)
+        attempt("sample.num_steps, sample.eta", build_sampler, diffusion, reads=["sample"])
+        attempt("train.loss", _build_loss, diffusion, reads=["train"])
+    attempt("network", _check_network, reads=["network", "data"])
+    attempt("train.micro_batches", check_batch_size, 1, reads=["data", "train"])
     config_lib.refuse(found)
+
+
+def _build_loss(config, diffusion):
+    return make_loss(config.train.loss, diffusion, weight=config.train.loss_weight)
+
+
+def _check_network(config):
+    NETWORKS[config.network.name].check(image_shape(config), **_sizes(config))
 
 
 def check_batch_size(config, replicas):

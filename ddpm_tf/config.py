@@ -83,7 +83,6 @@ FIELDS = (
 )  # fmt: skip
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-_SEEDS = ("seed", "sample.seed")
 # What a value must be -> (whether it is, the fields). Names are checked by the tables they are names of.
 _RANGES = {
     "at least 1": (lambda v: v >= 1, (
@@ -96,7 +95,6 @@ _RANGES = {
         "data.in_memory_mb", "train.checkpoint_minutes", "train.keep_every", "train.grad_clip", "optimizer.warmup_steps",
     )),
     "above 0": (lambda v: v > 0, ("optimizer.learning_rate",)),
-    "above 0 and at most 1": (lambda v: 0 < v <= 1, ("diffusion.beta_start", "diffusion.beta_end")),
     "at least 0 and below 1": (lambda v: 0 <= v < 1, (
         "network.dropout", "train.ema_decay", "optimizer.beta_1", "optimizer.beta_2",
     )),
@@ -136,13 +134,14 @@ def put(config, path, value):
 def _type_problem(field, value):
     """What is wrong with a value's type, or None; ConfigDict itself takes None for anything, and True for a number."""
     expected = type(field.default)
-    is_right = type(value) is expected or (expected is float and type(value) is int)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_right = is_number if expected is float else type(value) is expected
     if not is_right or (expected is tuple and not all(type(v) is int for v in value)):
         kind = "a tuple of integers" if expected is tuple else f"of type {expected.__name__}"
         return f"{field.path} must be {kind}, found {value!r}"
     if expected is float and value and not 1e-37 < abs(value) < 1e37:  # it is computed with in float32
         return f"{field.path} must be 0 or a number between 1e-37 and 1e37, found {value!r}"
-    bits = 64 if field.path in _SEEDS else 32
+    bits = 64 if field.free or field.path == "seed" else 32
     if expected is int and not -(2 ** (bits - 1)) <= value < 2 ** (bits - 1):
         return f"{field.path} must fit in {bits} bits, found {value}"
 
@@ -159,7 +158,8 @@ def check_types(config):
 
 
 def range_problems(config):
-    """What is out of range in a config of the right types: sentences that begin with a field's path."""
+    """What is out of range in a config of the right types: sentences that begin with a field's path; names, and what
+    depends on several fields, are checked by `builders.check`."""
     found = []
     for what, (is_right, paths) in _RANGES.items():
         found += [f"{p} must be {what}, found {get(config, p)!r}" for p in paths if not is_right(get(config, p))]

@@ -301,7 +301,7 @@ def load_source(name, *, image_shape, split="train", data_dir="", download=False
     source = SOURCES[kind](argument, options)
     if tuple(source.image_shape) != tuple(image_shape):
         raise InputError(
-            f"The images of data.source={name!r} have shape {list(source.image_shape)}, but data.image_size and "
-            f"data.channels ask for {list(image_shape)}."
+            f"The images of data.source={name!r} have shape {list(source.image_shape)}, but data.image_size, "
+            f"data.image_width and data.channels ask for {list(image_shape)}."
         )
     return source

@@ -54,17 +54,21 @@ def describe(config, strategy="auto"):
         steps_per_epoch = f"{source.num_examples / config.data.batch_size:.1f} ({source.num_examples:,} images)"
     except DataNotFoundError as e:
         steps_per_epoch = f"unknown, data set not prepared ({' '.join(str(e).split())})"
-    model = builders.build_model(config, tf.distribute.get_strategy())
+    try:
+        model = builders.build_model(config, tf.distribute.get_strategy(), is_compiled=False)
+    except (tf.errors.ResourceExhaustedError, MemoryError) as e:
+        raise InputError(f"There is not the memory here to make the network's weights ({e}).") from e
     network, size = model.network, config.data.batch_size // replicas
     memory = estimate_step_memory(model, size // config.train.micro_batches)
+    parts = f", {config.train.micro_batches} parts one after the other" if config.train.micro_batches > 1 else ""
     shape = [config.data.batch_size, *builders.image_shape(config)]
     return (
         f"{config_lib.to_json(config)}\n{builders.parameter_table(network)}\n\n"
         f"x_t {shape} float32, t [{shape[0]}] int32 -> {shape[:-1] + [network.out_channels]} float32\n"
         f"parameters: {network.count_params():,}\nsteps per epoch: {steps_per_epoch}\n"
         f"steps: {config.train.num_steps:,}\n"
-        f"memory, estimated, on {'one device' if replicas == 1 else f'each of {replicas} devices'} with {size} images: "
-        f"{memory.peak / 2**20:,.0f} MiB, of which {memory.kept / 2**20:,.0f} MiB are weights, average and moments"
+        f"memory, estimated, on {'one device' if replicas == 1 else f'each of {replicas} devices'} with {size} images{parts}: "
+        f"{memory.peak / 2**20:,.0f} MiB, of which {memory.kept / 2**20:,.0f} MiB stay between steps"
     )
 
 
@@ -197,7 +201,7 @@ def _fit(config, model, source, workdir, start, fingerprint, strategy, cluster):
     except (tf.errors.ResourceExhaustedError, MemoryError) as e:
         if checkpoints.is_full(e):
             raise StorageError(f"{str(e).partition(chr(10))[0]} {storage_advice(e)}") from e
-        what = re.search(r"OOM when allocating tensor with \S+ and type \S+|$", str(e))[0]
+        what = re.search(r"OOM when allocating tensor with \S+ and type \S+|Out of memory[^\n]*|$", str(e))[0]
         raise InputError(
             f"Out of memory with data.batch_size={config.data.batch_size} and {model.network.count_params():,} parameters"
             f"{what and f' ({what})'}. Raise train.micro_batches, set network.remat, use more devices, or begin a new run "

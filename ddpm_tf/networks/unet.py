@@ -74,7 +74,12 @@ class UNet(keras.Model):
         self.attn_resolutions, self.dropout = tuple(attn_resolutions), dropout
         self.resamp_with_conv, self.num_classes = resamp_with_conv, num_classes
         self.block_size, self.remat, self.seed = block_size, remat, seed
-        self._check()
+        self.check(
+            self.image_shape, ch=ch, ch_mult=self.ch_mult, num_res_blocks=num_res_blocks,
+            attn_resolutions=self.attn_resolutions, dropout=dropout, block_size=block_size,
+        )  # fmt: skip
+        if self.out_channels < 1:
+            raise InputError(f"network.out_channels must be at least 1, found {self.out_channels}.")
         self._make_layers()
         # Variables are made by one symbolic call, so that their paths carry the names of all parents.
         inputs = {
@@ -85,35 +90,41 @@ class UNet(keras.Model):
             inputs["labels"] = keras.KerasTensor((None,), "int32")
         self(inputs)
 
-    def _check(self):
-        height, width, _ = self.image_shape
-        if not self.ch_mult or any(not isinstance(m, int) or m < 1 for m in self.ch_mult):
-            raise InputError(f"network.ch_mult must be positive integers, one per level, found {self.ch_mult}.")
-        for name in ("ch", "num_res_blocks", "block_size", "out_channels"):
-            if getattr(self, name) < 1:
-                raise InputError(f"network.{name} must be at least 1, found {getattr(self, name)}.")
-        factor = self.block_size * 2 ** (len(self.ch_mult) - 1)
+    @staticmethod
+    def check(image_shape, *, ch, ch_mult, num_res_blocks, attn_resolutions, dropout, block_size):
+        """Refuse sizes that do not fit each other; makes nothing.
+
+        Raises:
+            InputError
+        """
+        height, width, _ = image_shape
+        if not ch_mult or any(not isinstance(m, int) or m < 1 for m in ch_mult):
+            raise InputError(f"network.ch_mult must be positive integers, one per level, found {ch_mult}.")
+        for name, value in (("ch", ch), ("num_res_blocks", num_res_blocks), ("block_size", block_size)):
+            if value < 1:
+                raise InputError(f"network.{name} must be at least 1, found {value}.")
+        factor = block_size * 2 ** (len(ch_mult) - 1)
         if height % factor or width % factor:
-            blocks = f"cut into {self.block_size}x{self.block_size} blocks and " if self.block_size > 1 else ""
+            blocks = f"cut into {block_size}x{block_size} blocks and " if block_size > 1 else ""
             raise InputError(
-                f"An image of {height}x{width} cannot be {blocks}halved {len(self.ch_mult) - 1} times: height and "
-                f"width must be multiples of {factor}. Change network.ch_mult (it has {len(self.ch_mult)} levels) or "
-                "data.image_size."
+                f"An image of {height}x{width} cannot be {blocks}halved {len(ch_mult) - 1} times: height and "
+                f"width must be multiples of {factor}. Change network.ch_mult (it has {len(ch_mult)} levels), "
+                f"{'network.block_size, ' if block_size > 1 else ''}data.image_size or data.image_width."
             )
-        bad = [self.ch * m for m in self.ch_mult if self.ch * m % GROUPS] + [self.ch] * (self.ch % GROUPS > 0)
+        bad = [ch * m for m in ch_mult if ch * m % GROUPS] + [ch] * (ch % GROUPS > 0)
         if bad:
             raise InputError(
                 f"network.ch times network.ch_mult gives {bad[0]} channels, which {GROUPS} normalisation groups do "
                 f"not divide; use multiples of {GROUPS}."
             )
-        heights = [height // self.block_size >> level for level in range(len(self.ch_mult))]
-        missing = [r for r in self.attn_resolutions if r not in heights]
+        heights = [height // block_size >> level for level in range(len(ch_mult))]
+        missing = [r for r in attn_resolutions if r not in heights]
         if missing:
             raise InputError(
                 f"network.attn_resolutions names height {missing[0]}, but the levels have heights {heights}."
             )
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"network.dropout must be within [0, 1), found {self.dropout}.")
+        if not 0 <= dropout < 1:
+            raise InputError(f"network.dropout must be within [0, 1), found {dropout}.")
 
     def _make_layers(self):
         """One list of steps per path: ("res" | "attn" | "resample", layer), in the order of the original."""

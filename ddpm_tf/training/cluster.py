@@ -1,6 +1,7 @@
 """The workers of a run: how they meet, agree, hand values to each other, and end together."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from ddpm_tf.errors import InputError, PeerLostError, RunError, StorageError, st
 
 JOIN_TIMEOUT_S = 300.0
 _GROUP_KEY = 1_000_000  # of collectives on the hosts; tf.distribute counts its own up from 1
-_HELLO, _GO, _REFUSED = b"ddpm_tf worker ", b"ddpm_tf go\n", b"ddpm_tf refuses: "
+_HELLO, _GO, _REFUSED, _LATER = b"ddpm_tf worker ", b"ddpm_tf go\n", b"ddpm_tf refuses: ", b"ddpm_tf not yet: "
 
 
 class Workers(NamedTuple):
@@ -77,11 +78,12 @@ def meet(workers, timeout_s):
     """
     deadline = time.monotonic() + timeout_s
     own = workers.addresses[workers.index]
-    with contextlib.closing(_listen(own)) as listener:  # also by the others: an address in use shows at once
+    with contextlib.closing(_listen(own, deadline)) as listener:  # also by the others: an address in use shows at once
         if workers.index == 0:
             _receive_all(listener, workers, deadline, timeout_s)
             return
     hello = _HELLO + f"{workers.index} of {','.join(workers.addresses)}\n".encode()
+    reason = ""
     while time.monotonic() < deadline:
         try:
             with socket.create_connection(_split(workers.addresses[0]), timeout=5) as connection:
@@ -93,13 +95,15 @@ def meet(workers, timeout_s):
             if answer.startswith(_REFUSED):
                 refusal = answer.removeprefix(_REFUSED).decode(errors="replace").strip()
                 raise InputError(f"TF_CONFIG: the chief at {workers.addresses[0]} {refusal}")
+            reason = answer.removeprefix(_LATER).decode(errors="replace").strip() if answer.startswith(_LATER) else ""
             # Anything else is no answer of ours: the chief of an earlier start, which has not left yet.
         except OSError:
             pass
         time.sleep(0.2)
+    reason = reason or "did not come, or not all the others did,"
     raise InputError(
-        f"The chief at {workers.addresses[0]} did not come, or not all the others did, within {timeout_s:g} s. Start "
-        "every worker that TF_CONFIG names, and see that they reach each other at these addresses."
+        f"The chief at {workers.addresses[0]} {reason} within {timeout_s:g} s. Start every worker that TF_CONFIG names, once, "
+        "and see that they reach each other at these addresses."
     )
 
 
@@ -130,9 +134,9 @@ def _receive_all(listener, workers, deadline, timeout_s):
             if not found:  # someone else
                 connection.close()
             elif found[2].decode() != ",".join(workers.addresses):
-                _refuse(connection, f"has other addresses: {', '.join(workers.addresses)}")
+                _refuse(connection, _REFUSED, f"has other addresses: {', '.join(workers.addresses)}")
             elif int(found[1]) in arrived and _is_open(arrived[int(found[1])]):
-                _refuse(connection, f"has heard of another process with index {int(found[1])}")
+                _refuse(connection, _LATER, f"heard of two processes with index {int(found[1])}")
             else:
                 arrived[int(found[1])] = connection
         listener.close()  # before anyone is told: TensorFlow takes the address now
@@ -144,9 +148,9 @@ def _receive_all(listener, workers, deadline, timeout_s):
             connection.close()
 
 
-def _refuse(connection, why):
+def _refuse(connection, kind, why):
     with contextlib.closing(connection), contextlib.suppress(OSError):
-        connection.sendall(_REFUSED + f"{why}\n".encode())
+        connection.sendall(kind + f"{why}\n".encode())
 
 
 def _is_open(connection):
@@ -154,19 +158,28 @@ def _is_open(connection):
     return not select.select([connection], [], [], 0)[0]
 
 
-def _listen(address):
+def _listen(address, deadline):
+    """A listening socket at the address, as soon as the process that has the port leaves it."""
     host, port = _split(address)
-    try:
+    is_told = False
+    while True:
         listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("", port))
-        listener.listen(1024)
-    except OSError as e:
-        raise InputError(
-            f"TF_CONFIG: {address}, this worker's address, cannot be used: {e}. Another process has the port (perhaps an "
-            "earlier start of this run): end it, or choose another port on every worker."
-        ) from None
-    return listener
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("", port))
+            listener.listen(1024)
+            return listener
+        except OSError as e:
+            listener.close()
+            if e.errno != errno.EADDRINUSE or time.monotonic() >= deadline:
+                raise InputError(
+                    f"TF_CONFIG: {address}, this worker's address, cannot be used: {e}. Another process has the port (perhaps "
+                    "an earlier start of this run): end it, or choose another port on every worker."
+                ) from None
+        if not is_told:
+            logging.info("%s, this worker's address, is in use; waiting for the process that has it to leave.", address)
+            is_told = True
+        time.sleep(0.2)
 
 
 def _split(address):

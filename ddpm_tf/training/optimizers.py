@@ -23,7 +23,7 @@ class LinearWarmup(keras.optimizers.schedules.LearningRateSchedule):
 
 
 # Both run the ops of TensorFlow 1's optimizers, as the original did. They change weight and moments in one pass; Keras makes
-# about 15 ops, with a temporary each, for every weight, a third of the time that a training step takes to trace.
+# about 15 ops, with a temporary each, for every weight, which take long to trace.
 
 
 @keras.saving.register_keras_serializable(package="ddpm_tf")

@@ -68,6 +68,7 @@ def uninterrupted(tmp_path_factory):
     process = start(workdir)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
+    assert checkpoints.list_steps(workdir / "ckpt")[-1] == NUM_STEPS
     return workdir
 
 

@@ -91,7 +91,8 @@ def test_a_limit_of_open_files_is_told_with_the_command_that_raises_it(tmp_path)
 
 
 LITTLE_MEMORY = """
-import resource, runpy, sys
+import os, resource, runpy, sys
+os.environ |= {"TF_NUM_INTRAOP_THREADS": "2", "TF_NUM_INTEROP_THREADS": "2"}  # the stacks of more would count
 from ddpm_tf.training.model import DiffusionModel
 make = DiffusionModel.make_train_function
 def limited(self, force=False):

@@ -98,6 +98,7 @@ class Two:
 def uninterrupted(tmp_path_factory):
     two = Two(tmp_path_factory.mktemp("two"), f"--config.train.num_steps={NUM_STEPS}")
     assert two.codes() == [0, 0], two.errors
+    assert checkpoints.list_steps(two.workdir / "ckpt")[-1] == NUM_STEPS
     return two.workdir
 
 
@@ -303,20 +304,33 @@ input()
     assert all(end and end >= 1.4 for end in ends)
 
 
-def test_a_second_process_with_the_same_index_is_refused():
+def test_a_second_process_with_the_same_index_is_told_so():
     addresses = tuple(f"127.0.0.1:{port}" for port in free_ports(3))
-    chief = threading.Thread(target=meet_in_threads, args=([addresses, None, None], 4))
+    chief = threading.Thread(target=meet_in_threads, args=([addresses, None, None], 15))
     chief.start()
-    connection = None
+    deadline, connection = time.monotonic() + 10, None
     while connection is None:
+        assert time.monotonic() < deadline
         with contextlib.suppress(OSError):
             connection = socket.create_connection(("127.0.0.1", int(addresses[0].rpartition(":")[2])), 5)
+        time.sleep(0.05)
     with connection:
         connection.sendall(f"ddpm_tf worker 1 of {','.join(addresses)}\n".encode())
         time.sleep(0.3)
-        with pytest.raises(errors.InputError, match="has heard of another process with index 1"):
-            cluster.meet(cluster.Workers(addresses, 1), 3)
+        with pytest.raises(errors.InputError, match="heard of two processes with index 1 within 2 s"):
+            cluster.meet(cluster.Workers(addresses, 1), 2)
+    others = meet_in_threads([None, addresses, addresses], 10)  # once the first has gone, the second is taken
     chief.join()
+    assert others == [None] * 3
+
+
+def test_a_port_is_waited_for():
+    addresses = tuple(f"127.0.0.1:{port}" for port in free_ports(2))
+    with socket.socket() as earlier:
+        earlier.bind(("127.0.0.1", int(addresses[0].rpartition(":")[2])))
+        earlier.listen()
+        threading.Timer(1, earlier.close).start()
+        assert meet_in_threads([addresses] * 2, 20) == [None, None]
 
 
 class InThreads(cluster.Cluster):
