@@ -216,7 +216,7 @@ def _fit(config, model, source, workdir, start, fingerprint, strategy, cluster):
         every_step["stop"].release()
         if cluster.is_chief:
             every_step["checkpoints"].wait()
-    cluster.barrier()  # the others leave once the chief has saved
+    cluster.part()  # the others leave once the chief has saved
     number = every_step["stop"].signal
     if number is not None:
         without = " without --restart_from_scratch" if start.restart_from_scratch else ""

@@ -18,6 +18,7 @@ from absl import logging
 from ddpm_tf.errors import InputError, PeerLostError, RunError, StorageError, storage_advice
 
 JOIN_TIMEOUT_S = 300.0
+_PARTING_S = 2.0  # the last answers have been sent by then
 _GROUP_KEY = 1_000_000  # of collectives on the hosts; tf.distribute counts its own up from 1
 _HELLO, _GO, _REFUSED, _LATER = b"ddpm_tf worker ", b"ddpm_tf go\n", b"ddpm_tf refuses: ", b"ddpm_tf not yet: "
 
@@ -266,6 +267,12 @@ class Cluster:
 
     def barrier(self):
         self.all_reduce(np.int64(0))
+
+    def part(self):
+        """The last thing that workers do together. Whoever left at once could take with it what another still asks it for."""
+        self.barrier()
+        if self.size > 1:
+            time.sleep(_PARTING_S)
 
     def agree(self, facts):
         """Refuse workers that differ.
