@@ -79,7 +79,7 @@ def meet(workers, timeout_s):
     """
     deadline = time.monotonic() + timeout_s
     own = workers.addresses[workers.index]
-    with contextlib.closing(_listen(own, deadline)) as listener:  # also by the others: an address in use shows at once
+    with contextlib.closing(_listen(own, deadline)) as listener:  # also by the others: an address in use shows
         if workers.index == 0:
             _receive_all(listener, workers, deadline, timeout_s)
             return
