@@ -23,6 +23,7 @@ LEAVES = {"kernel": "W", "bias": "b"}
 
 
 def pytest_configure():
+    gc.freeze()  # as ddpm_tf/app.py
     cpus = tf.config.list_physical_devices("CPU")
     tf.config.set_logical_device_configuration(cpus[0], [tf.config.LogicalDeviceConfiguration()] * 2)
 

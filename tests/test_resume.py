@@ -84,8 +84,9 @@ def test_going_on_from_every_step_of_forty_gives_the_same_end(tmp_path):
         (1, {"train.precision": "bfloat16"}),
         (1, {"train.precision": "float16", "data.batch_size": 2}),  # which a CPU computes slowly
         (1, {"train.micro_batches": 2}),
+        (1, {"optimizer.name": "rmsprop"}),
     ],
-    ids=["replicas", "bfloat16", "float16", "micro_batches"],
+    ids=["replicas", "bfloat16", "float16", "micro_batches", "rmsprop"],
 )
 def test_going_on_from_every_fifth_step_gives_the_same_end(replicas, fields, tmp_path, monkeypatch):
     monkeypatch.setattr(loss_scale, "GROW_EVERY", 3)  # so that float16's scale changes between the checkpoints

@@ -97,7 +97,8 @@ class DiffusionModel(keras.Model):
     def compile(self, optimizer, *, jit_compile=False, steps_per_execution=1):
         """Set the optimizer and make its slots. jit_compile: XLA for the loss and its gradient."""
         super().compile(optimizer=optimizer, steps_per_execution=steps_per_execution, jit_compile=False)
-        optimizer.build(self.network.trainable_variables)
+        optimizer.build(self.network.trainable_variables)  # from here on it belongs to this network
+        optimizer._all_reduce_sum_gradients = lambda gradients_and_variables: gradients_and_variables  # they are summed
         self._compiled = tf.function(self.loss_and_gradient, jit_compile=jit_compile, autograph=False)
 
     def call(self, inputs, training=False):
@@ -202,9 +203,8 @@ class DiffusionModel(keras.Model):
         return tf.concat([own, [wish]], axis=0)
 
     def _update(self, gradients):
-        """Weights, moments and average from the global batch's gradients, which the optimizer sums over replicas again."""
-        replicas = tf.distribute.get_replica_context().num_replicas_in_sync
-        self.optimizer.apply([g / replicas for g in gradients], self.network.trainable_variables)
+        """Weights, moments and average from the global batch's gradients."""
+        self.optimizer.apply(gradients, self.network.trainable_variables)
         update_ema(self.ema_network.variables, self.network.variables, self.ema_decay)
 
     def draws(self, index, step):

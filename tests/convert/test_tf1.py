@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from configs import digits
-from ddpm_tf import experiment
+from ddpm_tf import builders, experiment
 from ddpm_tf.bundles import read_bundle, write_bundle
 from ddpm_tf.convert.tf1 import fields_of_kwargs, load_tf1_checkpoint, read_tf1_checkpoint, save_tf1_checkpoint
 from ddpm_tf.errors import InputError
@@ -220,12 +220,18 @@ DAMAGES = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def model():
+    return builders.build_model(config(), tf.distribute.get_strategy())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damaged_checkpoints_are_refused_and_nothing_is_written(tmp_path, name):
+def test_damaged_checkpoints_are_refused_and_nothing_is_written(tmp_path, name, model, monkeypatch):
     damage, message = DAMAGES[name]
     prefix = copy(tmp_path / "c")
     damage(prefix)
+    monkeypatch.setattr(builders, "build_model", lambda config, strategy: model)  # it takes six seconds
     with pytest.raises(InputError, match=message):
         experiment.import_tf1(str(prefix), config(), str(tmp_path / "w"))
     assert [p.name for p in tmp_path.iterdir()] == ["c"]

@@ -92,21 +92,21 @@ def test_a_limit_of_open_files_is_told_with_the_command_that_raises_it(tmp_path)
 
 
 def test_too_little_memory_is_told_and_the_run_goes_on_with_micro_batches(tmp_path, monkeypatch):
-    """Of one tensor of attention, 256 MiB, in an allocator that ends below it: some kernels crash where a small one fails."""
-    np.savez(tmp_path / "data.npz", images=np.zeros((64, 32, 32, 1), np.uint8))
+    """Of one tensor of attention, 64 MiB, in an allocator that ends below it: some kernels crash where a small one fails."""
+    np.savez(tmp_path / "data.npz", images=np.zeros((16, 32, 32, 1), np.uint8))
     workdir = tmp_path / "w"
     large = (
         f"--config.data.source=npz:{tmp_path / 'data.npz'}", "--config.data.image_size=32",
-        "--config.data.batch_size=64", "--config.network.attn_resolutions=(32,)", "--config.network.dropout=0.0",
+        "--config.data.batch_size=16", "--config.network.attn_resolutions=(32,)", "--config.network.dropout=0.0",
         "--config.train.sample_every=0",
     )  # fmt: skip
     parts = (*large, "--config.train.micro_batches=16")
     assert train(workdir, *parts, "--config.train.num_steps=1").returncode == 0
-    monkeypatch.setenv("TF_MKL_ALLOC_MAX_BYTES", str(200 << 20))
+    monkeypatch.setenv("TF_MKL_ALLOC_MAX_BYTES", str(60 << 20))
     result = train(workdir, *large, "--config.train.num_steps=2")
     assert result.returncode == 2, result.stderr
     message = result.stderr.splitlines()[-1]
-    for part in ("memory with data.batch_size=64", "shape[64,1024,1024]", "train.micro_batches", "is kept"):
+    for part in ("memory with data.batch_size=16", "shape[16,1024,1024]", "train.micro_batches", "is kept"):
         assert part in message
     assert checkpoints.restore_latest(workdir / "ckpt")[0] == 1
     assert train(workdir, *parts, "--config.train.num_steps=2").returncode == 0

@@ -238,8 +238,9 @@ def test_batches_of_another_dtype_size_or_range_are_refused():
         model._checked({"image": tf.fill((2, 8, 8, 1), float("nan"))})
 
 
-def test_the_two_keras_methods_that_are_replaced_still_exist():
+def test_the_keras_methods_that_are_replaced_still_exist():
     """keras is pinned below the next minor version because these are private; a rename must not pass unseen."""
+    from keras.src.backend.tensorflow.optimizer import TFOptimizer
     from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 
     def parameters(method):
@@ -248,6 +249,7 @@ def test_the_two_keras_methods_that_are_replaced_still_exist():
     for name in ("_maybe_symbolic_build", "make_train_function"):
         assert parameters(getattr(TensorFlowTrainer, name)) == parameters(getattr(DiffusionModel, name)), name
         assert f"self.{name}(" in inspect.getsource(TensorFlowTrainer.fit)
+    assert "self._all_reduce_sum_gradients(grads_and_vars)" in inspect.getsource(TFOptimizer._backend_update_step)
 
 
 def test_fit_runs_our_train_function():
