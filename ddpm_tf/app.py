@@ -100,10 +100,15 @@ def _explain_config_error(argv, error):
     path = next((arg.partition("=")[2] for arg in argv[1:] if arg.lstrip("-").startswith("config=")), "")
     if path and not os.path.isfile(path.partition(":")[0]):
         return f"--config={path} does not exist; expected a Python file with get_config(), as configs/digits.py."
-    for arg in argv[1:]:
-        name = arg.lstrip("-").partition("=")[0]
-        path = name.removeprefix("config.")
-        if name.startswith("config.") and path not in known:
+    names = [arg.lstrip("-").partition("=")[0] for arg in argv[1:] if arg.startswith("-")]
+    unknown = []
+    for path in (n.removeprefix("config.") for n in names if n.startswith("config.")):
+        if path not in known:
             close = config_lib.suggest(path)
-            return f"Unknown config field --{name}." + (f" Did you mean --config.{close}?" if close else " Try --help.")
+            unknown.append(
+                f"Unknown config field --config.{path}."
+                + (f" Did you mean --config.{close}?" if close else " Try --help.")
+            )
+    if unknown:
+        return "\n".join(unknown)
     return f"--config cannot be read: {type(error).__name__}: {str(error).strip()}"

@@ -20,3 +20,4 @@ def write_text(path, text):
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
+    fsync(os.path.dirname(path) or ".")

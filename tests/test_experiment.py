@@ -16,6 +16,8 @@ from configs import cifar10
 from ddpm_tf import config as config_lib
 from ddpm_tf import experiment
 from ddpm_tf.errors import BadDataError, InputError, NumericsError
+from ddpm_tf.experiment import grids
+from ddpm_tf.training.distribution import configure_devices
 from tests.conftest import mirrored, rows, tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -48,9 +50,11 @@ def test_rows_after_the_restored_step_are_cut_off(workdir, tmp_path):
     assert rows(tmp_path) == rows(workdir)[:2]
 
 
-def test_a_finished_run_is_left_alone(workdir, capsys):
+def test_a_finished_run_is_left_alone(workdir, capsys, caplog):
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
-    experiment.train(tiny_config(), str(workdir))
+    with caplog.at_level("INFO"):
+        experiment.train(tiny_config(), str(workdir))
+    assert "Step 4 of 4: nothing to do" in caplog.text
     assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*")} == before
     assert "run_sample.py --workdir=" in capsys.readouterr().out
 
@@ -210,7 +214,10 @@ DIGITS = ("run_train.py", "--config=configs/digits.py", "--workdir=W")
         (["run_train.py", "W"], "Unexpected arguments"),
         ([*DIGITS[:2]], "--workdir is missing"),
         ([*DIGITS, "--workdri=W"], "workdri"),
-        ([*DIGITS, "--config.data.bacth_size=3"], "Did you mean --config.data.batch_size?"),
+        (
+            [*DIGITS, "--config.data.bacth_size=3", "--config.train.nmu_steps=3"],
+            "Did you mean --config.data.batch_size?\nUnknown config field --config.train.nmu_steps. Did you mean",
+        ),
         ([*DIGITS, "--config.data.batch_size=x"], "data.batch_size"),
         ([*DIGITS, "--config.diffusion.schedule=linaer"], "Unknown diffusion.schedule 'linaer'"),
         ([*DIGITS, "--config.data.source=digit"], "Unknown data source 'digit'"),
@@ -314,6 +321,29 @@ def test_a_run_that_ended_before_its_last_pictures_draws_them(workdir, tmp_path)
     grid.unlink()
     experiment.train(tiny_config(), str(tmp_path / "w"))
     assert grid.read_bytes() == expected
+
+
+@pytest.mark.slow
+def test_grids_are_drawn_in_true_float32_by_float32_networks_and_tell_lack_of_memory(tmp_path, monkeypatch):
+    config, seen, sample = tiny_config(1), [], grids.sample_in_batches
+    config.train.precision, config.train.tf32 = "bfloat16", True
+
+    def out_of_memory(*args, **kwargs):
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
+
+    def watched(network, *args, **kwargs):
+        seen.append((network.compute_dtype, tf.config.experimental.tensor_float_32_execution_enabled()))
+        return sample(network, *args, **kwargs)
+
+    monkeypatch.setattr(grids, "sample_in_batches", out_of_memory)
+    with pytest.raises(InputError, match="grid of step 1 was drawn, sample.batch_size=64 .* lower it"):
+        experiment.train(config, str(tmp_path))
+    monkeypatch.setattr(grids, "sample_in_batches", watched)
+    experiment.train(config, str(tmp_path))
+    assert seen == [("float32", False)] * 2 and tf.config.experimental.tensor_float_32_execution_enabled()
+    assert len(list((tmp_path / "samples").iterdir())) == 2
+    configure_devices()
+    assert not tf.config.experimental.tensor_float_32_execution_enabled()
 
 
 def test_a_folder_of_something_else_is_no_workdir(tmp_path):

@@ -190,7 +190,15 @@ def test_what_is_not_bit_exact_any_more_is_told(copy, caplog):
 def test_a_fingerprint_is_the_same_on_the_same_machine_and_names_what_differs():
     def make(**kwargs):
         settings = {"jit_compile": False, "deterministic": False, "precision": "float32", "tf32": False}
-        settings |= {"micro_batches": 1, "remat": False, "batch_size": 8, "seed": 0, "config": "y", "data": "x"}
+        settings |= {
+            "micro_batches": 1,
+            "remat": False,
+            "batch_size": 8,
+            "seed": 0,
+            "config": "y",
+            "data": "x",
+            "workers": 1,
+        }
         return fingerprint(tf.distribute.get_strategy(), **settings | kwargs)
 
     assert make() == make() == json.loads(json.dumps(make()))

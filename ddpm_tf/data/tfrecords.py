@@ -74,6 +74,8 @@ def load_offsets(path, *, keep=True):
     Raises:
         InputError: a file that is empty, truncated, or no TFRecord file.
     """
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path} is missing, or there is no right to read it.")
     size, index = os.path.getsize(path), f"{path}.offsets.npz"
     if os.path.isfile(index):
         try:

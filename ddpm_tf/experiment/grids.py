@@ -8,6 +8,7 @@ import tensorflow as tf
 from absl import logging
 
 from ddpm_tf import builders, images
+from ddpm_tf.errors import InputError
 from ddpm_tf.experiment.sampling import make_picture, sample_in_batches
 from ddpm_tf.samplers.replicas import make_replica_sampler
 from ddpm_tf.training.ema import make_ema_network
@@ -42,6 +43,11 @@ def make_grids(config, model, source, workdir, summaries, strategy, cluster):
         tf.config.experimental.enable_tensor_float_32_execution(False)
         try:
             return {name: sample_in_batches(n, sampler, s, part=part, draw=draws[name]) for name, n in networks.items()}
+        except (tf.errors.ResourceExhaustedError, MemoryError) as e:
+            raise InputError(
+                f"Out of memory while the grid of step {step} was drawn, sample.batch_size={s.batch_size} images at once: "
+                f"lower it. The checkpoints in {workdir} are kept, and the same command goes on."
+            ) from e
         finally:
             tf.config.experimental.enable_tensor_float_32_execution(config.train.tf32)
 

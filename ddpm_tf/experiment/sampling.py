@@ -12,7 +12,7 @@ from ddpm_tf import builders, images
 from ddpm_tf import config as config_lib
 from ddpm_tf.bundles import assign
 from ddpm_tf.diffusion.process import GaussianDiffusion
-from ddpm_tf.errors import InputError, NumericsError
+from ddpm_tf.errors import InputError, NumericsError, WorkdirError
 from ddpm_tf.experiment.workdir import check_new, newest, read_config
 from ddpm_tf.samplers import sample
 from ddpm_tf.training.distribution import configure_devices
@@ -96,7 +96,7 @@ def sample_images(workdir, *, out=None, ema=True, **overrides):
     try:
         os.makedirs(out, exist_ok=True)
     except OSError as e:
-        raise InputError(f"--out={out} cannot be made: {e}. Choose another.") from e
+        raise WorkdirError(f"--out={out} cannot be made: {e}. Choose another.") from e
     result = sample_in_batches(inference.network, sampler, s, progress=True)
     for seed, image in zip(range(s.seed, s.seed + s.num_images), result, strict=True):
         images.save_png(os.path.join(out, f"seed_{seed:06d}.png"), image)

@@ -104,7 +104,10 @@ def train(config, workdir, start=StartOptions()):  # noqa: B008 - immutable
         with cluster.together():
             is_finished = cluster.is_chief and _check_workdir(config, workdir, start)
         if cluster.from_chief(is_finished):
-            logging.info("Step %d: nothing to do. A larger train.num_steps goes on.", config.train.num_steps)
+            step = checkpoints.list_steps(os.path.join(workdir, "ckpt"))[-1:] or [config.train.num_steps]
+            logging.info(
+                "Step %d of %d: nothing to do. A larger train.num_steps goes on.", step[0], config.train.num_steps
+            )
         else:
             _run(config, workdir, start, strategy, cluster)
     if cluster.is_chief:
@@ -140,11 +143,12 @@ def _run(config, workdir, start, strategy, cluster):
     model = builders.build_model(config, strategy, max_skipped_steps=limit)
     with contextlib.ExitStack() as stack:
         with cluster.together():
-            source = builders.build_source(config, download=start.download)
+            source = builders.build_source(config, download=start.download, read_only=not cluster.is_chief)
             builders.build_dataset(config, source, start_step=0)
             data = manifest(source)
-            fingerprint = _fingerprint(config, strategy, data)
-        cluster.agree({k: v for k, v in fingerprint.items() if k not in ("devices", "threads")})
+            fingerprint = _fingerprint(config, strategy, cluster, data)
+        alike = {k: v for k, v in fingerprint.items() if k not in ("devices", "threads")}
+        cluster.agree({**alike, "data (SHA-256)": data["sha256"]})
         with cluster.together():
             if cluster.is_chief:
                 stack.enter_context(locked(workdir))
@@ -216,7 +220,7 @@ def _fit(config, model, source, workdir, start, fingerprint, strategy, cluster):
         every_step["stop"].release()
         if cluster.is_chief:
             every_step["checkpoints"].wait()
-    cluster.part()  # the others leave once the chief has saved
+    cluster.barrier()  # the others leave once the chief has saved
     number = every_step["stop"].signal
     if number is not None:
         without = " without --restart_from_scratch" if start.restart_from_scratch else ""
@@ -227,9 +231,9 @@ def _fit(config, model, source, workdir, start, fingerprint, strategy, cluster):
         )
 
 
-def _fingerprint(config, strategy, data):
+def _fingerprint(config, strategy, cluster, data):
     return make_fingerprint(
-        strategy, jit_compile=builders.uses_xla(config), deterministic=config.train.deterministic,
+        strategy, workers=cluster.size, jit_compile=builders.uses_xla(config), deterministic=config.train.deterministic,
         precision=config.train.precision, tf32=config.train.tf32, micro_batches=config.train.micro_batches,
         remat=config.network.remat,
         batch_size=config.data.batch_size, seed=config.seed, config=config_lib.digest(config), data=digest(data),

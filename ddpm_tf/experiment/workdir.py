@@ -12,6 +12,7 @@ from ddpm_tf import config as config_lib
 from ddpm_tf.errors import InputError, WorkdirError
 from ddpm_tf.training import checkpoints
 
+_PROBES = (".tmp-probe", ".tmp-probe-renamed")
 _BEFORE_CONFIG = {
     ".lock",
     "ckpt",
@@ -63,25 +64,31 @@ def locked(workdir):
     try:
         os.makedirs(os.path.join(workdir, "ckpt"), exist_ok=True)
         os.makedirs(os.path.join(workdir, "samples"), exist_ok=True)
-        _try_writing(workdir)
         file = open(path, "a+")  # noqa: SIM115 - closing it frees the lock
     except OSError as e:
-        raise WorkdirError(
-            f"--workdir={workdir} cannot be written to: {e}. Choose another, or change its rights."
-        ) from e
+        raise _not_writable(workdir, e) from e
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            time.sleep(0.2)  # it may have got the lock a moment ago, and not have said yet who it is
             file.seek(0)
             raise WorkdirError(
                 f"--workdir={workdir} is in use by another training: {file.read().strip()}. Wait, or use another workdir."
             ) from None
+        try:
+            _try_writing(workdir)
+        except OSError as e:
+            raise _not_writable(workdir, e) from e
         file.truncate(0)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         file.write(f"host {socket.gethostname()}, process {os.getpid()}, started {started}\n")
         file.flush()
         yield
+
+
+def _not_writable(workdir, error):
+    return WorkdirError(f"--workdir={workdir} cannot be written to: {error}. Choose another, or change its rights.")
 
 
 def check_writable(workdir):
@@ -101,13 +108,14 @@ def check_writable(workdir):
 
 
 def _try_writing(workdir):
-    probe = os.path.join(workdir, f".tmp-probe-{uuid.uuid4().hex}")
+    """Create, fsync, rename and delete a file; the next start takes away what a kill in between leaves."""
+    probe, renamed = (os.path.join(workdir, name) for name in _PROBES)
     with open(probe, "w") as f:
         f.write("x")
         f.flush()
         os.fsync(f.fileno())
-    os.rename(probe, f"{probe}-renamed")
-    os.unlink(f"{probe}-renamed")
+    os.rename(probe, renamed)
+    os.unlink(renamed)
 
 
 def check_workdir(config, workdir, *, fresh=False):

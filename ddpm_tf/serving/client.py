@@ -67,9 +67,10 @@ class Client:
             raise InputError(
                 f"deadline_s must be above 0 and at most {_LONGEST_DEADLINE_S:g} seconds, found {deadline_s}."
             )
-        self._make_transport = lambda version: TRANSPORTS[transport](address, model, version=version, label=label)
         self._is_open = version is None and label is None
-        self._transport = self._make_transport(version)
+        self._transport = TRANSPORTS[transport](address, model, version=version, label=label)
+        settings = {"transport": transport, "deadline_s": deadline_s, "attempts": attempts, "max_batch": max_batch}
+        self._pinned = lambda version: Client(address, model, version=version, **settings)
         self._deadline_s, self._attempts, self._max_batch = deadline_s, attempts, max_batch
 
     def __enter__(self):
@@ -84,8 +85,8 @@ class Client:
     def sample(self, seeds):
         """uint8 [N, H, W, C]; image k depends on seeds[k] alone, an int64."""
         batches = self._batches(seeds)
-        with self._one_version(len(batches) > 1):
-            return np.concatenate([self.predict("sample", {"seed": batch})["images"] for batch in batches])
+        with self._one_version(len(batches) > 1) as client:
+            return np.concatenate([client.predict("sample", {"seed": batch})["images"] for batch in batches])
 
     def sample_png(self, seeds):
         """A list of PNG files, as bytes."""
@@ -104,11 +105,11 @@ class Client:
             raise InputError(f"denoise takes at most max_batch={self._max_batch} seeds at once, found {len(seeds)}.")
         if num_steps < 1:
             raise InputError(f"num_steps must be at least 1, found {num_steps}.")
-        with self._one_version(True):
-            x = self.predict("initial_noise", {"seed": seeds})["x_T"]
+        with self._one_version(True) as client:
+            x = client.predict("initial_noise", {"seed": seeds})["x_T"]
             for index in reversed(range(num_steps)):
                 step = np.full(len(seeds), index, np.int32)
-                out = self.predict("denoise_step", {"x_t": x, "step": step, "seed": seeds})
+                out = client.predict("denoise_step", {"x_t": x, "step": step, "seed": seeds})
                 x = out["x_prev"]
                 yield Step(index, x, out["x_0"])
 
@@ -152,21 +153,16 @@ class Client:
 
     @contextlib.contextmanager
     def _one_version(self, is_needed):
-        """Keep to the newest available version meanwhile, so that no request is answered by a model that came in between.
+        """A client of the newest available version, so that no request is answered by a model that came in between.
 
         A label is asked for as it is: the server does not tell which version it stands for.
         """
         available = [v.version for v in self.status() if v.state == "AVAILABLE"] if is_needed and self._is_open else []
         if not available:
-            yield
+            yield self
             return
-        before, self._transport = self._transport, self._make_transport(max(available))
-        self.__dict__.pop("_signatures", None)
-        try:
-            yield
-        finally:
-            self._transport.close()
-            self._transport = before
+        with self._pinned(max(available)) as client:
+            yield client
 
     def _batches(self, seeds):
         seeds = _as_seeds(seeds)
@@ -254,7 +250,8 @@ def _parser():
 
 
 def main(argv=None):
-    """Exit codes: 0, 2 (a request that cannot be served), 69 (no server, no answer in time)."""
+    """Exit codes: 0; 2, a request that cannot be served; 69, no server, no answer in time; 73 and 74, --out cannot be made,
+    or written; 130, SIGINT."""
     args = _parser().parse_args(argv)
     try:
         if args.out is None and not args.status:

@@ -94,44 +94,48 @@ def save(folder, step, tensors, meta, *, keep, keep_every=0):
             if os.path.isdir(step_folder(folder, step)):  # could not be read when the run went on from an older one
                 os.rename(step_folder(folder, step), os.path.join(folder, f".trash-{step}-{uuid.uuid4().hex}"))
             os.rename(temporary, step_folder(folder, step))
+            verify(step_folder(folder, step))  # before older ones are deleted
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
     try:
         _retried(write, step)
         _retried(lambda: fsync(folder), step)
-    except (OSError, tf.errors.OpError) as e:
+    except (OSError, tf.errors.OpError, InputError) as e:
         raise _storage_error(folder, step, tensors, e) from e
     sweep(folder)
-    prune(folder, keep, keep_every)
+    prune(folder, step, keep, keep_every)
 
 
 def _retried(action, step):
     for attempt in range(_ATTEMPTS):
         try:
             return action()
-        except (OSError, tf.errors.OpError) as e:
+        except (OSError, tf.errors.OpError, InputError) as e:
             if attempt == _ATTEMPTS - 1 or is_full(e):
                 raise
             logging.warning("Writing the checkpoint of step %d failed (%s); trying again.", step, e)
             time.sleep(2**attempt)
 
 
-def prune(folder, keep, keep_every=0):
-    """Delete old checkpoints, as `save` says: renamed first, so that a half-deleted one is never read."""
-    for step in list_steps(folder)[:-keep]:
-        if keep_every and step % keep_every == 0:
+def prune(folder, step, keep, keep_every=0):
+    """Delete checkpoints older than that of `step`, as `save` says: renamed first, so that a half-deleted one is never read.
+
+    A newer one could not be read when the run went on from an older one: it does not count, and is left alone.
+    """
+    for old in [s for s in list_steps(folder) if s <= step][:-keep]:
+        if keep_every and old % keep_every == 0:
             continue
-        trash = os.path.join(folder, f".trash-{step}-{uuid.uuid4().hex}")
+        trash = os.path.join(folder, f".trash-{old}-{uuid.uuid4().hex}")
         try:
-            os.rename(step_folder(folder, step), trash)
+            os.rename(step_folder(folder, old), trash)
         except OSError as e:  # nothing is lost; the next save tries again
-            logging.warning("The old checkpoint of step %d cannot be deleted: %s", step, e)
+            logging.warning("The old checkpoint of step %d cannot be deleted: %s", old, e)
         shutil.rmtree(trash, ignore_errors=True)
 
 
 def sweep(folder):
-    """Remove what crashes have left: `.tmp-*` and `.trash-*`. Only for the process that holds the workdir's lock."""
+    """Remove the folders that crashes have left: `.tmp-*` and `.trash-*`. Only for the holder of the workdir's lock."""
     for name in os.listdir(folder) if os.path.isdir(folder) else ():
         if name.startswith((".tmp-", ".trash-")):
             shutil.rmtree(os.path.join(folder, name), ignore_errors=True)

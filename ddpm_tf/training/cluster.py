@@ -268,12 +268,6 @@ class Cluster:
     def barrier(self):
         self.all_reduce(np.int64(0))
 
-    def part(self):
-        """The last thing that workers do together. Whoever left at once could take with it what another still asks it for."""
-        self.barrier()
-        if self.size > 1:
-            time.sleep(_PARTING_S)
-
     def agree(self, facts):
         """Refuse workers that differ.
 
@@ -324,7 +318,9 @@ class Cluster:
 
     @contextlib.contextmanager
     def watched(self):
-        """Turn TensorFlow's errors about a worker that is gone into PeerLostError."""
+        """Turn TensorFlow's errors about a worker that is gone into PeerLostError; any other end waits a little, for whoever
+        left at once could take with it what another still asks it for."""
+        is_lost = False
         try:
             yield
         except tf.errors.OpError as e:
@@ -334,10 +330,14 @@ class Cluster:
             named = {int(k) for k in re.findall(r"/job:worker/(?:replica:0/)?task:(\d+)", str(e))} & others
             names = " or ".join(f"worker {k} ({self.addresses[k]})" for k in sorted(named or others))
             logging.info("%s", e)
+            is_lost = True
             raise PeerLostError(
                 f"Worker {self.index} has lost {names}: it was killed, does not answer, or ended by an error of its own; see "
                 "its log. Start all workers again by the same command: training goes on from the last checkpoint."
             ) from e
+        finally:
+            if self.size > 1 and not is_lost:
+                time.sleep(_PARTING_S)
 
 
 def _is_peer_lost(error):

@@ -12,12 +12,25 @@ from ddpm_tf import __version__
 
 
 def fingerprint(
-    strategy, *, jit_compile, deterministic, precision, tf32, micro_batches, remat, batch_size, seed, config, data
+    strategy,
+    *,
+    workers,
+    jit_compile,
+    deterministic,
+    precision,
+    tf32,
+    micro_batches,
+    remat,
+    batch_size,
+    seed,
+    config,
+    data,
 ):
     """{field: value} of software, devices and settings, as JSON can hold it.
 
     Args:
         strategy: the run's tf.distribute strategy.
+        workers: how many processes share it.
         config: SHA-256 of the fields that change what a step computes.
         data: SHA-256 of the data set's manifest.
     """
@@ -32,6 +45,7 @@ def fingerprint(
         "cudnn": build.get("cudnn_version") if gpus else None,
         "devices": [d.get("device_name", "GPU") for d in details] or [f"CPU {platform.machine()} {_cpu_model()}"],
         "replicas": strategy.num_replicas_in_sync,
+        "workers": workers,
         "threads": tf.config.threading.get_intra_op_parallelism_threads() or len(os.sched_getaffinity(0)),
         "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "default"),
         "xla": jit_compile,

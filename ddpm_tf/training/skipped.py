@@ -41,7 +41,11 @@ class SkippedSteps(StepCallback):
             )  # fmt: skip
         in_a_row = int(self.model.skipped_in_a_row.numpy())
         if in_a_row >= self.model.max_skipped_steps:
-            path = self._dump(skipped, inputs) if self.folder else "The chief's nan_dump/"
+            path = (
+                self._dump(skipped, {**inputs, "loss_scale": logs["loss_scale"]})
+                if self.folder
+                else "The chief's nan_dump/"
+            )
             raise NumericsError(
                 f"The loss or gradient of {in_a_row} steps in a row, up to step {skipped}, was not finite. They changed "
                 f"nothing and were not saved. {path} holds what step {skipped} was computed from. Lower "

@@ -26,18 +26,18 @@ def save(folder, step):
 def no_rename(folder, step):
     """Writes into the final folder."""
     checkpoints._write(checkpoints.step_folder(folder, step), {**TENSORS, "step": np.array(step)}, {})
-    checkpoints.prune(folder, 1)
+    checkpoints.prune(folder, step, 1)
 
 
 def no_manifest(folder, step):
-    """Renames a folder without manifest."""
+    """Renames a folder without manifest, and does not look at it."""
     write = checkpoints._write
 
     def without(temporary, *args):
         write(temporary, *args)
         os.unlink(os.path.join(temporary, "MANIFEST.json"))
 
-    checkpoints._write = without
+    checkpoints._write, checkpoints.verify = without, lambda path: None
     save(folder, step)
 
 

@@ -5,6 +5,7 @@ CRASH_KILLS=200 python -m pytest -m slow tests/crash      (the full size; 20 of 
 
 import concurrent.futures
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -68,6 +69,8 @@ def uninterrupted(tmp_path_factory):
     process = start(workdir)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
+    assert f"] step {NUM_STEPS}/{NUM_STEPS}  loss" in errors  # a line, where there is no terminal
+    assert "\r" not in errors and not re.search("oneDNN|cuda|^[WEF]0000", errors, re.MULTILINE), errors
     assert checkpoints.list_steps(workdir / "ckpt")[-1] == NUM_STEPS
     return workdir
 
@@ -104,6 +107,30 @@ def test_runs_that_are_stopped_again_and_again_are_the_uninterrupted_one(uninter
     for number, end in ends.items():
         assert end.result() == KILLS, f"the run ended before the last {number.name}"
         assert_the_same_workdir(tmp_path / number.name, uninterrupted)
+
+
+@pytest.mark.slow
+def test_sigint_is_answered_as_sigterm_and_a_second_signal_leaves_at_once(uninterrupted, tmp_path):
+    """The second one while the first one's checkpoint is written, which takes a second on this slow disk."""
+    process = start(tmp_path)
+    wait_for_a_row(process, tmp_path)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130 and "SIGINT: stopped after step" in errors, errors
+    last = checkpoints.restore_latest(tmp_path / "ckpt")[0]
+    process = start(tmp_path, "--config.train.checkpoint_every=0", before=("-c", SLOW_DISK))
+    wait_for_a_row(process, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    while not list((tmp_path / "ckpt").glob(".tmp-*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 143 and "is saved" not in errors, errors
+    assert checkpoints.restore_latest(tmp_path / "ckpt")[0] == last
+    process = start(tmp_path)
+    assert process.communicate() and process.returncode == 0
+    assert_the_same_workdir(tmp_path, uninterrupted)
 
 
 @pytest.mark.slow
@@ -157,7 +184,8 @@ def test_a_step_that_outlasts_the_grace_period_is_left_without_saving(tmp_path):
 
 @pytest.mark.slow
 def test_of_two_starts_on_one_workdir_one_trains_and_the_other_leaves_with_73(tmp_path):
-    processes = [start(tmp_path / "w", "--config.train.num_steps=40") for _ in range(2)]
+    args = ("--config.train.num_steps=40", "--config.train.deterministic=True")  # nor does op determinism refuse any op
+    processes = [start(tmp_path / "w", *args) for _ in range(2)]
     errors = {p: p.communicate()[1] for p in processes}
     first, second = sorted(processes, key=lambda p: p.returncode)
     assert (first.returncode, second.returncode) == (0, 73), errors

@@ -132,10 +132,19 @@ def test_shapes_that_cannot_be_are_refused(shape, kwargs, message):
         UNet(shape, **kwargs)
 
 
-def test_statistics_and_softmax_stay_float32_under_bfloat16():
-    network = UNet((8, 8, 1), dtype="mixed_bfloat16", **TINY)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_statistics_and_softmax_stay_float32(dtype):
+    """And the large products do not, in the forward pass as it is compiled."""
+    network = UNet((8, 8, 1), dtype=f"mixed_{dtype}", **TINY)
     assert {v.dtype for v in network.variables} == {"float32"}
-    output = network({"x_t": tf.ones((1, 8, 8, 1)), "t": tf.constant([3])})
+    inputs = {"x_t": tf.ones((1, 8, 8, 1)), "t": tf.constant([3])}
+    graph = tf.function(network, autograph=False).get_concrete_function(inputs).graph
+    types = {}
+    for op in graph.get_operations():
+        types.setdefault(op.type, set()).update(v.dtype.name for v in op.outputs)
+    assert types["Conv2D"] == {dtype}
+    assert types["Softmax"] == types["Mean"] == types["Rsqrt"] == {"float32"}
+    output = network(inputs)
     assert output.dtype == tf.float32 and np.isfinite(output).all()
 
 

@@ -70,6 +70,7 @@ class CSession:
                 INVALID_ARGUMENT, f"Unknown signature {signature!r}; expected one of {sorted(self.signatures)}."
             )
         known_inputs, known_outputs = self.signatures[signature]
+        # The C API knows tensors only; input keys are compared by the model server itself.
         missing, extra = known_inputs.keys() - inputs.keys(), inputs.keys() - known_inputs.keys()
         if missing or extra:
             raise CError(INVALID_ARGUMENT, f"Input keys: missing {sorted(missing)}, not expected {sorted(extra)}.")

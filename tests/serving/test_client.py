@@ -182,5 +182,10 @@ def test_one_call_is_answered_by_one_version(monkeypatch):
         assert RollingOver.asked[-requests:] == [first] * requests
     client.sample([0])
     assert RollingOver.asked[-1] is None  # the newest, whichever it is
+    newest, both = RollingOver.newest, [client.denoise([k], num_steps=2) for k in range(2)]
+    for steps in both * 2:  # in turn, each by its own version
+        next(steps)
+    first, second = newest, newest + 2
+    assert RollingOver.asked[-6:] == [first, first, second, second, first, second]
     with pytest.raises(InputError, match="num_steps must be at least 1"):
         list(client.denoise([0], num_steps=0))

@@ -87,6 +87,26 @@ def test_checkpoints_of_multiples_are_kept_for_good(tmp_path):
     assert checkpoints.list_steps(tmp_path) == [4, 8, 9]
 
 
+def test_a_newer_one_that_could_not_be_read_does_not_count(tmp_path):
+    """The run went on from step 3; that of step 9 may be read another time."""
+    save(tmp_path, 9)
+    for step in (3, 4, 5):
+        checkpoints.save(str(tmp_path), step, TENSORS, {}, keep=2)
+    assert checkpoints.list_steps(tmp_path) == [4, 5, 9]
+
+
+def test_older_ones_stay_until_the_new_one_has_been_verified(tmp_path, monkeypatch):
+    def bad(path):
+        raise InputError(f"{path} has other contents than when it was written (SHA-256).")
+
+    save(tmp_path, 1)
+    monkeypatch.setattr(checkpoints.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(checkpoints, "verify", bad)
+    with pytest.raises(StorageError, match="other contents"):
+        checkpoints.save(str(tmp_path), 2, TENSORS, {}, keep=1)
+    assert "step_000000000001" in names(tmp_path)
+
+
 @pytest.mark.parametrize(("format", "message"), [(99, r"by ddpm_tf x in .* format 99.* Upgrade"), (1, "format 1, by")])
 def test_another_format_is_refused_and_left_where_it_is(tmp_path, monkeypatch, format, message):
     save(tmp_path, 1)
@@ -192,8 +212,10 @@ def test_the_second_trainer_is_told_who_is_first(tmp_path):
             with locked(str(tmp_path)):
                 pass
         assert e.value.exit_code == 73
+    for probe in (".tmp-probe", ".tmp-probe-renamed"):  # of a start that was killed while it tried to write
+        (tmp_path / probe).touch()
     with locked(str(tmp_path)):  # freed
-        pass
+        assert not list(tmp_path.glob(".tmp*"))
 
 
 @pytest.mark.slow

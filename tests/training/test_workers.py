@@ -50,10 +50,10 @@ def tf_config(ports, index):
     return json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}})
 
 
-def start(command, ports, index):
-    env = {**os.environ, "TF_CONFIG": tf_config(ports, index)}
+def start(command, ports, index, cwd=ROOT):
+    env = {**os.environ, "TF_CONFIG": tf_config(ports, index), "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, *command], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -138,13 +138,16 @@ from ddpm_tf.training.distribution import distribute, make_strategy
 from tests.conftest import tiny_config
 strategy, cluster = make_strategy(join_timeout_s=100)
 config = tiny_config()
+config.network.ch = 64
 model = builders.build_model(config, strategy)
 source = builders.build_source(config)
 data = iter(distribute(strategy, cluster, lambda part: builders.build_dataset(config, source, start_step=5, replicas=part)))
 def draws(batch):
     size = tf.shape(batch["image"])[0]
-    index = tf.distribute.get_replica_context().replica_id_in_sync_group * size + tf.range(size)
-    return batch["image"], *model.draws(index, tf.constant(6))
+    context = tf.distribute.get_replica_context()
+    index = context.replica_id_in_sync_group * size + tf.range(size)
+    _, _, gradients = model.loss_and_gradient(batch["image"], None, index, tf.constant(6), tf.constant(0.5))
+    return batch["image"], *model.draws(index, tf.constant(6)), *context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
 next(data)
 found = tf.function(lambda batch: strategy.run(draws, (batch,)))(next(data))
 np.savez(f"{sys.argv[1]}/{cluster.index}.npz", *[strategy.experimental_local_results(v)[0].numpy() for v in found])
@@ -156,7 +159,7 @@ cluster.barrier()
 
 
 @pytest.mark.slow
-def test_two_workers_see_and_draw_the_parts_of_the_global_batch(tmp_path):
+def test_two_workers_see_and_draw_the_parts_of_the_global_batch_and_have_its_gradients(tmp_path):
     ports = free_ports(2)
     processes = [start(["-c", DRAWS, str(tmp_path)], ports, k) for k in range(2)]
     for p in processes:
@@ -165,13 +168,15 @@ def test_two_workers_see_and_draw_the_parts_of_the_global_batch(tmp_path):
     parts = [np.load(tmp_path / f"{k}.npz") for k in range(2)]
     images, t, eps, masks = (np.concatenate([part[f"arr_{i}"] for part in parts]) for i in range(4))
     config = tiny_config()
+    config.network.ch = 64
     model = builders.build_model(config, tf.distribute.get_strategy())
     batch = next(iter(builders.build_dataset(config, builders.build_source(config), start_step=6)))
-    expected_t, expected_eps, expected_masks = model.draws(tf.range(8), tf.constant(6))
-    np.testing.assert_array_equal(images, batch["image"])
-    np.testing.assert_array_equal(t, expected_t)
-    np.testing.assert_array_equal(masks, expected_masks)
-    np.testing.assert_allclose(eps, expected_eps, atol=5e-7)
+    index, step = tf.range(8), tf.constant(6)
+    _, _, gradients = tf.function(model.loss_and_gradient)(batch["image"], None, index, step, tf.constant(1.0))
+    expected = [np.asarray(a) for a in (batch["image"], *model.draws(index, step), *gradients)]
+    for part in parts:
+        found = [images, t, eps, masks, *(part[f"arr_{i}"] for i in range(4, len(expected)))]
+        test_model.assert_same_first_step(expected, found)
 
 
 @pytest.mark.slow
@@ -209,6 +214,23 @@ def test_workers_that_differ_are_refused_on_all_with_a_table(tmp_path):
         assert re.search(r"error: The workers are not the same.*\n +0 127.0.0.1:\d+ +1 127.0.0.1:\d+\n", error), error
         assert re.search(r"--config.seed +0 +7\n +--config.train.ema_decay +0.9 +0.99\n", error), error
     assert not two.workdir.exists()
+
+
+@pytest.mark.slow
+def test_workers_whose_files_have_other_contents_are_refused(tmp_path):
+    """As many images, of the same name and size."""
+    processes, ports = [], free_ports(2)
+    for k in range(2):
+        (tmp_path / str(k)).mkdir()
+        np.savez(tmp_path / str(k) / "data.npz", images=np.full((16, 8, 8, 1), k, np.uint8))
+        args = (*ARGS, "--config.data.source=npz:data.npz", f"--workdir={tmp_path / 'w'}")
+        command = [str(ROOT / "run_train.py"), *(a.replace("=configs", f"={ROOT}/configs") for a in args)]
+        processes.append(start(command, ports, k, cwd=tmp_path / str(k)))
+    for p in processes:
+        _, error = p.communicate(timeout=200)
+        assert p.returncode == 2, error
+        assert re.search(r"error: The workers are not the same.*\n.*\n +data \(SHA-256\) +{\"image\": \"", error), error
+    assert not (tmp_path / "w").exists()
 
 
 @pytest.mark.slow
