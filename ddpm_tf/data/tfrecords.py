@@ -25,11 +25,14 @@ class TFRecordSource:
         image_shape: (H, W, C) that every record has to have.
 
     Raises:
-        InputError: a shard that is no TFRecord file or is truncated, or a first record of another kind.
+        InputError: a shard that cannot be read, is no TFRecord file or is truncated, or a first record of another kind.
     """
 
     def __init__(self, paths, image_shape, *, keep_offsets=True):
         self.image_shape, self._paths = tuple(image_shape), list(paths)
+        for path in self._paths:
+            if not os.access(path, os.R_OK):
+                raise InputError(f"{path} is missing, or there is no right to read it.")
         self.files = file_entries(self._paths, os.path.dirname(self._paths[0]))
         offsets = [load_offsets(path, keep=keep_offsets) for path in self._paths]
         self._ends = np.cumsum([len(o) for o in offsets])
@@ -74,8 +77,6 @@ def load_offsets(path, *, keep=True):
     Raises:
         InputError: a file that is empty, truncated, or no TFRecord file.
     """
-    if not os.access(path, os.R_OK):
-        raise InputError(f"{path} is missing, or there is no right to read it.")
     size, index = os.path.getsize(path), f"{path}.offsets.npz"
     if os.path.isfile(index):
         try:

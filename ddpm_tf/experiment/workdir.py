@@ -77,13 +77,13 @@ def locked(workdir):
                 f"--workdir={workdir} is in use by another training: {file.read().strip()}. Wait, or use another workdir."
             ) from None
         try:
+            file.truncate(0)
+            started = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"host {socket.gethostname()}, process {os.getpid()}, started {started}\n")
+            file.flush()
             _try_writing(workdir)
         except OSError as e:
             raise _not_writable(workdir, e) from e
-        file.truncate(0)
-        started = time.strftime("%Y-%m-%d %H:%M:%S")
-        file.write(f"host {socket.gethostname()}, process {os.getpid()}, started {started}\n")
-        file.flush()
         yield
 
 

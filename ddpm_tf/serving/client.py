@@ -90,8 +90,9 @@ class Client:
 
     def sample_png(self, seeds):
         """A list of PNG files, as bytes."""
-        parts = (self.predict("sample_png", {"seed": batch})["image_bytes"] for batch in self._batches(seeds))
-        return [png for part in parts for png in part]
+        batches = self._batches(seeds)
+        with self._one_version(len(batches) > 1) as client:
+            return [png for batch in batches for png in client.predict("sample_png", {"seed": batch})["image_bytes"]]
 
     def denoise(self, seeds, *, num_steps):
         """The same images step by step: yields a `Step` for each of the S = num_steps steps; the last x is the image.
@@ -120,7 +121,8 @@ class Client:
             raise InputError(f"{len(images)} images need as many seeds, found {len(seeds)}.")
         starts = range(0, len(seeds), self._max_batch)
         slices = [slice(k, k + self._max_batch) for k in starts]
-        parts = [self.predict("bits_per_dim", {"images": images[s], "seed": seeds[s]}) for s in slices]
+        with self._one_version(len(slices) > 1) as client:
+            parts = [client.predict("bits_per_dim", {"images": images[s], "seed": seeds[s]}) for s in slices]
         return np.concatenate([part["total_bpd"] for part in parts])
 
     def predict(self, signature, inputs):

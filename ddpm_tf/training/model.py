@@ -164,12 +164,16 @@ class DiffusionModel(keras.Model):
         gradients = self.loss_scale.unscaled(gradients)
         signs, own_norm = self._signs(context, loss, gradients), tf.constant(0.0)
         if self.grad_clip_mode == "per_replica":
-            gradients, own_norm = self._clip(gradients, self.grad_clip / replicas)
+            own_norm = tf.linalg.global_norm(gradients)
+            gradients = self._clipped(gradients, self.grad_clip / replicas, own_norm)
         own = [loss / replicas, sums, signs, own_norm, *gradients]
         loss, sums, signs, norm, *gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, own)
         if self.grad_clip_mode == "per_replica":  # the mean over replicas of the norm of each one's own loss
             return (loss, norm, tf.linalg.global_norm(gradients), sums, signs), gradients
-        gradients, norm = self._clip(gradients, self.grad_clip)
+        norm = tf.linalg.global_norm(gradients)
+        if replicas > 1:  # its last bits depend on a machine's number of threads
+            norm = context.all_reduce(tf.distribute.ReduceOp.MEAN, norm)
+        gradients = self._clipped(gradients, self.grad_clip, norm)
         clipped = tf.minimum(norm, self.grad_clip) if self.grad_clip else norm
         return (loss, norm, clipped, sums, signs), gradients
 
@@ -238,11 +242,8 @@ class DiffusionModel(keras.Model):
         sums = diagnostics.quarter_sums(self.diffusion, output, losses, x_0=images, x_t=x_t, t=t)
         return loss, sums, [tf.convert_to_tensor(g) for g in gradients]  # of an embedding: IndexedSlices
 
-    def _clip(self, gradients, limit):
-        norm = tf.linalg.global_norm(gradients)
-        if not limit:
-            return gradients, norm
-        return tf.clip_by_global_norm(gradients, limit, use_norm=norm)
+    def _clipped(self, gradients, limit, norm):
+        return tf.clip_by_global_norm(gradients, limit, use_norm=norm)[0] if limit else gradients
 
     def _checked(self, batch):
         """(images, labels or None) of a batch; refuses what would be trained on silently."""

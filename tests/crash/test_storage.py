@@ -105,6 +105,8 @@ def test_too_little_memory_is_told_and_the_run_goes_on_with_micro_batches(tmp_pa
     parts = (*large, "--config.train.micro_batches=16")
     assert train(workdir, *parts, "--config.train.num_steps=1").returncode == 0
     monkeypatch.setenv("TF_MKL_ALLOC_MAX_BYTES", str(60 << 20))
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "1")  # else there is another allocator
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     result = train(workdir, *large, "--config.train.num_steps=2")
     assert result.returncode == 2, result.stderr
     message = result.stderr.splitlines()[-1]

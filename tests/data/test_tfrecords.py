@@ -64,6 +64,12 @@ def test_the_offsets_are_kept_and_made_again_when_the_shard_changes(shards):
     assert len(load_offsets(path)) == 2
 
 
+def test_a_shard_that_is_missing_is_named(shards):
+    (shards / "c-r02.tfrecords").symlink_to(shards / "gone")
+    with pytest.raises(InputError, match="c-r02.tfrecords is missing"):
+        load_source(f"tfrecord:{shards}", image_shape=SHAPE)
+
+
 def test_truncated_foreign_and_damaged_files_are_named(shards, tmp_path):
     path = shards / "a-r02.tfrecords"
     content = path.read_bytes()
