@@ -223,7 +223,7 @@ def test_remat_changes_no_path_and_no_weight():
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_remat_lowers_the_memory_of_a_step(jit_compile):
     """Neither compiler takes the second computation for a repetition of the first."""
-    size = {"shape": (64, 64, 1), "batch": 4, "num_res_blocks": 2, "ch_mult": (1, 1), "attn_resolutions": ()}
+    size = {"shape": (64, 64, 1), "batch": 4, "num_res_blocks": 2, "ch_mult": (1, 1, 1), "attn_resolutions": ()}
     (_, _, kept), (_, _, recomputed) = (loss_and_gradients(r, jit_compile=jit_compile, **size) for r in (False, True))
     if not kept:
         pytest.skip("this TensorFlow does not count the memory of a CPU")
