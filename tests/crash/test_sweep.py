@@ -79,9 +79,8 @@ class Saver:
             found.append(f"left with {code}")
         try:
             step, tensors = checkpoints.restore_latest(self.folder) or (0, {"step": 0})
-            if step == 0 and is_first and code != 0:
-                pass  # a start at step 0, which the run says
-            elif step not in (1, 2) or tensors["step"] != step or (code == 0 and step != 2):
+            before = 0 if is_first else 1  # 0: there is none, and the run begins
+            if step not in ((2,) if code == 0 else (before, 2)) or tensors["step"] != step:
                 found.append(f"restored step {step} after exit code {code}")
         except RunError as e:
             found.append(f"no valid checkpoint: {e}")
