@@ -14,9 +14,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from ddpm_tf import app, experiment
+from ddpm_tf.cluster.strategy import STRATEGIES
 from ddpm_tf.errors import InputError
 from ddpm_tf.experiment.resume import NAN_POLICIES, StartOptions
-from ddpm_tf.training.distribution import STRATEGIES
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A config file: configs/*.py.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, checkpoints, metrics, samples.")

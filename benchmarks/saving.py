@@ -14,10 +14,10 @@ import numpy as np
 import tensorflow as tf
 
 from ddpm_tf import builders
+from ddpm_tf.callbacks.saving import Checkpoints
 from ddpm_tf.data import make_dataset
 from ddpm_tf.data.sources import ArraySource
-from ddpm_tf.training import checkpoints
-from ddpm_tf.training.callbacks import Checkpoints
+from ddpm_tf.storage import checkpoints
 
 PAIRS = 15
 SETTINGS = {"digits": (128, 30), "cifar10": (4, 1)}  # batch size, steps of a block

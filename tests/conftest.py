@@ -15,7 +15,7 @@ from ddpm_tf import experiment
 from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.diffusion.schedules import Schedule, make_betas
 from ddpm_tf.networks import UNet
-from ddpm_tf.training import checkpoints
+from ddpm_tf.storage import checkpoints
 
 DATA = os.path.join(os.path.dirname(__file__), "data")
 REFERENCES = ("ho2020_a", "ho2020_b", "ho2020_f")

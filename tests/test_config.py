@@ -14,7 +14,7 @@ from configs import digits
 from ddpm_tf import app, builders, experiment
 from ddpm_tf import config as config_lib
 from ddpm_tf.errors import InputError
-from ddpm_tf.experiment.workdir import check_same
+from ddpm_tf.storage.workdir import check_same
 from tests.conftest import tiny_config
 
 ROOT = Path(__file__).parent.parent

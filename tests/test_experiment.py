@@ -15,9 +15,9 @@ from PIL import Image
 from configs import cifar10
 from ddpm_tf import config as config_lib
 from ddpm_tf import experiment
+from ddpm_tf.cluster.strategy import configure_devices
 from ddpm_tf.errors import BadDataError, InputError, NumericsError
 from ddpm_tf.experiment import grids
-from ddpm_tf.training.distribution import configure_devices
 from tests.conftest import mirrored, rows, tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +41,7 @@ def test_a_workdir_holds_what_the_design_says(workdir):
 
 
 def test_rows_after_the_restored_step_are_cut_off(workdir, tmp_path):
-    from ddpm_tf.training.callbacks import Metrics, Summaries
+    from ddpm_tf.callbacks.metrics import Metrics, Summaries
 
     (tmp_path / "metrics.jsonl").write_text((workdir / "metrics.jsonl").read_text() + '{"step": 5, "lo')
     metrics = Metrics(2, workdir=str(tmp_path), batch_size=1, log_every=1, summaries=Summaries(str(tmp_path / "t")))

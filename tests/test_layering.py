@@ -6,11 +6,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RANKS = (
     ("errors",),
-    ("config", "rng", "images", "files", "bundles"),
+    ("config", "rng", "images", "files", "text", "choices"),
     ("diffusion", "networks", "data"),
-    ("samplers",),
-    ("training", "evaluation", "convert"),
-    ("builders", "serving"),
+    ("storage", "cluster"),
+    ("training", "samplers", "evaluation"),
+    ("builders", "serving", "convert", "callbacks"),
     ("experiment", "app"),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
@@ -37,7 +37,16 @@ def test_imports_point_down():
         room = path.relative_to(ROOT / "ddpm_tf").parts[0].removesuffix(".py")
         for name in imports(path):
             parts = name.split(".")
-            if parts[0] in ("configs", "tests", "benchmarks", "run_train", "run_sample", "run_export", "run_convert"):
+            if parts[0] in (
+                "configs",
+                "tests",
+                "benchmarks",
+                "tools",
+                "run_train",
+                "run_sample",
+                "run_export",
+                "run_convert",
+            ):
                 raise AssertionError(f"{path} imports {name}")
             if parts[0] == "ddpm_tf" and len(parts) > 1 and parts[1] in RANK and parts[1] != room:
                 assert RANK[parts[1]] < RANK[room], f"{path}: {room} (rank {RANK[room]}) imports {name}"

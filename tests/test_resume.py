@@ -13,12 +13,15 @@ from PIL import Image
 
 from ddpm_tf import builders, experiment
 from ddpm_tf import config as config_lib
-from ddpm_tf.bundles import assign
+from ddpm_tf.callbacks import metrics as metrics_lib
+from ddpm_tf.callbacks import saving
 from ddpm_tf.data.manifest import difference, digest
 from ddpm_tf.errors import InputError, NoValidCheckpointError, StorageError, WorkdirError
 from ddpm_tf.experiment import StartOptions, resume, training
-from ddpm_tf.training import callbacks, checkpoints, loss_scale
-from ddpm_tf.training.fingerprint import changes, fingerprint
+from ddpm_tf.storage import checkpoints
+from ddpm_tf.storage.bundles import assign
+from ddpm_tf.storage.fingerprint import changes, fingerprint
+from ddpm_tf.training import loss_scale
 from tests.conftest import mirrored, rows, state, tiny_config
 
 
@@ -139,7 +142,7 @@ def test_names_that_do_not_fit_are_told(copy):
 @pytest.mark.slow
 def test_a_warm_start_takes_weights_and_average_and_nothing_else(workdir, tmp_path, monkeypatch):
     trained = state(workdir)[1]
-    monkeypatch.setattr(callbacks.Checkpoints, "on_step", lambda *_: None)  # as if killed before the first save
+    monkeypatch.setattr(saving.Checkpoints, "on_step", lambda *_: None)  # as if killed before the first save
     experiment.train(tiny_config(1), str(tmp_path / "b"), StartOptions(init_from=str(workdir)))
     monkeypatch.undo()
     step, tensors = state(tmp_path / "b")
@@ -335,8 +338,8 @@ def test_a_warm_start_that_does_not_fit_leaves_no_config_behind(workdir, tmp_pat
 def test_a_damaged_row_of_the_metrics_is_dropped_with_a_warning(copy, caplog):
     lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
     (copy / "metrics.jsonl").write_text(lines[0] + "\0\0garbage\n" + "".join(lines[2:]))
-    metrics = callbacks.Metrics(
-        4, workdir=str(copy), batch_size=1, log_every=1, summaries=callbacks.Summaries(str(copy))
+    metrics = metrics_lib.Metrics(
+        4, workdir=str(copy), batch_size=1, log_every=1, summaries=metrics_lib.Summaries(str(copy))
     )
     metrics.on_train_begin()
     metrics.on_train_end()

@@ -13,9 +13,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ddpm_tf.bundles import assign, check_names
 from ddpm_tf.errors import InputError
 from ddpm_tf.networks import UNet
+from ddpm_tf.storage.bundles import assign, check_names
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _MAX_HEADER = 100 * 2**20

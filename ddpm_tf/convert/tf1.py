@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ddpm_tf.bundles import assign, check_names, read_bundle, write_bundle
 from ddpm_tf.errors import InputError
+from ddpm_tf.storage.bundles import assign, check_names, read_bundle, write_bundle
 
 _LEAVES = {"kernel": "W", "bias": "b", "gamma": "gamma", "beta": "beta"}
 _EMA, _M, _V = "/ExponentialMovingAverage", "/Adam", "/Adam_1"

@@ -9,14 +9,14 @@ import tensorflow as tf
 
 from ddpm_tf import builders
 from ddpm_tf import config as config_lib
-from ddpm_tf.bundles import assign
+from ddpm_tf.cluster.strategy import configure_devices
 from ddpm_tf.convert.diffusers import load_diffusers, save_diffusers
 from ddpm_tf.convert.tf1 import TF1State, fields_of_kwargs, read_tf1_checkpoint, save_tf1_checkpoint, tf1_name
 from ddpm_tf.errors import InputError
 from ddpm_tf.experiment.sampling import load_for_inference
-from ddpm_tf.experiment.workdir import check_new, newest, read_config, write_workdir
-from ddpm_tf.training import checkpoints
-from ddpm_tf.training.distribution import configure_devices
+from ddpm_tf.storage import checkpoints
+from ddpm_tf.storage.bundles import assign
+from ddpm_tf.storage.workdir import check_new, newest, read_config, write_workdir
 
 
 def import_tf1(checkpoint, config, workdir, *, reference=None):

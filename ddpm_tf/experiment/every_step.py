@@ -5,11 +5,14 @@ import os
 import tensorflow as tf
 
 from ddpm_tf import builders
+from ddpm_tf.callbacks.grids import SampleGrids
+from ddpm_tf.callbacks.metrics import Metrics, Summaries
+from ddpm_tf.callbacks.progress import Progress
+from ddpm_tf.callbacks.saving import Checkpoints
+from ddpm_tf.callbacks.skipped_steps import SkippedSteps
+from ddpm_tf.callbacks.stop_on_signal import StopOnSignal
 from ddpm_tf.data.pipeline import batch_indices
 from ddpm_tf.experiment.grids import grid_path, make_grids
-from ddpm_tf.training import callbacks
-from ddpm_tf.training.signals import StopOnSignal
-from ddpm_tf.training.skipped import SkippedSteps
 
 
 def make_callbacks(config, model, source, workdir, start_step, start, fingerprint, strategy, cluster):
@@ -25,7 +28,7 @@ def make_callbacks(config, model, source, workdir, start_step, start, fingerprin
     folder = os.path.join(workdir, "nan_dump") if cluster.is_chief else None
     skipped = SkippedSteps(start_step, folder=folder, replay=replay)
     draw, show = make_grids(config, model, source, workdir, summaries, strategy, cluster)
-    grids = callbacks.SampleGrids(
+    grids = SampleGrids(
         start_step, every=t.sample_every, num_steps=t.num_steps, draw=draw, show=show,
         is_drawn=lambda step: cluster.from_chief(os.path.exists(grid_path(workdir, step))),
         stop=stop, cluster=cluster,
@@ -36,20 +39,20 @@ def make_callbacks(config, model, source, workdir, start_step, start, fingerprin
 
 def _make_summaries(workdir, cluster):
     """TensorBoard's events, which the chief writes; None for the others."""
-    return callbacks.Summaries(os.path.join(workdir, "tensorboard")) if cluster.is_chief else None
+    return Summaries(os.path.join(workdir, "tensorboard")) if cluster.is_chief else None
 
 
 def _make_writing(config, workdir, start_step, fingerprint, summaries):
     """The chief's own callbacks."""
     t, batch_size = config.train, config.data.batch_size
-    saving = callbacks.Checkpoints(
+    saving = Checkpoints(
         start_step, folder=os.path.join(workdir, "ckpt"), every=t.checkpoint_every, minutes=t.checkpoint_minutes,
         num_steps=t.num_steps, keep=t.keep_checkpoints, keep_every=t.keep_every,
         meta={"config": config.to_dict(), "fingerprint": fingerprint},
     )  # fmt: skip
     return {
-        "progress": callbacks.Progress(start_step, num_steps=t.num_steps, batch_size=batch_size, log_every=t.log_every),
-        "metrics": callbacks.Metrics(
+        "progress": Progress(start_step, num_steps=t.num_steps, batch_size=batch_size, log_every=t.log_every),
+        "metrics": Metrics(
             start_step, workdir=workdir, batch_size=batch_size, log_every=t.log_every, summaries=summaries
         ),
         "checkpoints": saving,

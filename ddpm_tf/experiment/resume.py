@@ -8,14 +8,14 @@ from typing import NamedTuple
 from absl import logging
 
 from ddpm_tf import config as config_lib
-from ddpm_tf.bundles import assign
+from ddpm_tf.cluster.meeting import JOIN_TIMEOUT_S
 from ddpm_tf.data import manifest
 from ddpm_tf.data.manifest import difference
 from ddpm_tf.errors import InputError
-from ddpm_tf.experiment.workdir import check_same, newest
-from ddpm_tf.training import checkpoints
-from ddpm_tf.training.cluster import JOIN_TIMEOUT_S
-from ddpm_tf.training.fingerprint import changes
+from ddpm_tf.storage import checkpoints
+from ddpm_tf.storage.bundles import assign
+from ddpm_tf.storage.fingerprint import changes
+from ddpm_tf.storage.workdir import check_same, newest
 
 NAN_POLICIES = ("skip", "stop")
 

@@ -10,12 +10,12 @@ from tqdm import tqdm
 
 from ddpm_tf import builders, images
 from ddpm_tf import config as config_lib
-from ddpm_tf.bundles import assign
+from ddpm_tf.cluster.strategy import configure_devices
 from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.errors import InputError, NumericsError, WorkdirError
-from ddpm_tf.experiment.workdir import check_new, newest, read_config
 from ddpm_tf.samplers import sample
-from ddpm_tf.training.distribution import configure_devices
+from ddpm_tf.storage.bundles import assign
+from ddpm_tf.storage.workdir import check_new, newest, read_config
 
 
 class Inference(NamedTuple):

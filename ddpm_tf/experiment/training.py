@@ -12,6 +12,7 @@ from absl import logging
 
 from ddpm_tf import builders
 from ddpm_tf import config as config_lib
+from ddpm_tf.cluster.strategy import configure_devices, count_replicas, distribute, make_strategy
 from ddpm_tf.data.manifest import digest, manifest
 from ddpm_tf.errors import (
     BadDataError,
@@ -25,12 +26,11 @@ from ddpm_tf.errors import (
 from ddpm_tf.experiment.every_step import make_callbacks
 from ddpm_tf.experiment.grids import grid_path
 from ddpm_tf.experiment.resume import NAN_POLICIES, StartOptions, check_data, load_initial, move_away, restore
-from ddpm_tf.experiment.workdir import check_workdir, check_writable, locked, read_config
 from ddpm_tf.files import write_text
-from ddpm_tf.training import checkpoints
-from ddpm_tf.training.distribution import configure_devices, count_replicas, distribute, make_strategy
-from ddpm_tf.training.fingerprint import code_digest
-from ddpm_tf.training.fingerprint import fingerprint as make_fingerprint
+from ddpm_tf.storage import checkpoints
+from ddpm_tf.storage.fingerprint import code_digest
+from ddpm_tf.storage.fingerprint import fingerprint as make_fingerprint
+from ddpm_tf.storage.workdir import check_workdir, check_writable, locked, read_config
 from ddpm_tf.training.memory import estimate_step_memory
 
 

@@ -1,4 +1,4 @@
-"""UNet2DModel folders: a small one made by diffusers itself (benchmarks/diffusers_reference.py), and damaged ones."""
+"""UNet2DModel folders: a small one made by diffusers itself (tools/diffusers_reference.py), and damaged ones."""
 
 import json
 import shutil

@@ -10,11 +10,11 @@ import tensorflow as tf
 
 from configs import digits
 from ddpm_tf import builders, experiment
-from ddpm_tf.bundles import read_bundle, write_bundle
 from ddpm_tf.convert.tf1 import fields_of_kwargs, load_tf1_checkpoint, read_tf1_checkpoint, save_tf1_checkpoint
 from ddpm_tf.errors import InputError
 from ddpm_tf.networks import UNet
-from ddpm_tf.training import checkpoints
+from ddpm_tf.storage import checkpoints
+from ddpm_tf.storage.bundles import read_bundle, write_bundle
 from tests.conftest import DATA, Reference
 
 CHECKPOINT = f"{DATA}/tf1_e/model.ckpt-12"

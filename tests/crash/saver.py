@@ -14,7 +14,7 @@ import types
 import numpy as np
 
 from ddpm_tf.errors import RunError
-from ddpm_tf.training import checkpoints
+from ddpm_tf.storage import checkpoints
 
 TENSORS = {"network/a": np.arange(6, dtype=np.float32).reshape(2, 3)}
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddpm_tf.training import checkpoints
+from ddpm_tf.storage import checkpoints
 from tests.conftest import assert_the_same_end, rows
 
 ROOT = Path(__file__).parent.parent.parent
@@ -31,7 +31,7 @@ ARGS = (
 )  # fmt: skip
 SLOW_DISK = """
 import runpy, sys, time
-from ddpm_tf.training import checkpoints
+from ddpm_tf.storage import checkpoints
 fsync = checkpoints.fsync
 checkpoints.fsync = lambda path: (time.sleep(0.1), fsync(path))
 sys.argv = sys.argv[1:]

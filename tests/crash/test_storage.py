@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from ddpm_tf.training import checkpoints
+from ddpm_tf.storage import checkpoints
 from tests.crash.test_kills import ARGS, ROOT
 
 pytestmark = pytest.mark.slow
@@ -77,7 +77,7 @@ def test_a_file_size_limit_ends_the_run_with_74(tmp_path):
 
 NO_MORE_FILES = """
 import resource, runpy, sys
-from ddpm_tf.training import checkpoints
+from ddpm_tf.storage import checkpoints
 save = checkpoints.save
 def limited(*args, **kwargs):
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, 4096))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ddpm_tf.errors import RunError
-from ddpm_tf.training import checkpoints
+from ddpm_tf.storage import checkpoints
 
 ROOT = Path(__file__).parent.parent.parent
 CALLS = "mkdir,openat,write,fsync,rename,unlink,unlinkat,rmdir"

@@ -11,10 +11,10 @@ import tensorflow as tf
 
 from configs import digits
 from ddpm_tf import builders, experiment
-from ddpm_tf.experiment.workdir import write_workdir
 from ddpm_tf.samplers import make_sampler
 from ddpm_tf.serving.export import save_model
-from ddpm_tf.training import checkpoints
+from ddpm_tf.storage import checkpoints
+from ddpm_tf.storage.workdir import write_workdir
 from tests.conftest import drawn_weight, tf1_name
 from tests.serving.c_api import CSession
 

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from ddpm_tf.bundles import assign
 from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.diffusion.schedules import Schedule, make_betas
 from ddpm_tf.networks import UNet
-from ddpm_tf.training import checkpoints
+from ddpm_tf.storage import checkpoints
+from ddpm_tf.storage.bundles import assign
 from ddpm_tf.training.model import DiffusionModel
 from ddpm_tf.training.optimizers import OPTIMIZERS, make_optimizer
 from tests.conftest import mirrored

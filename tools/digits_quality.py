@@ -1,7 +1,7 @@
 """How good are sampled digits? Judged by two small scikit-learn models trained on the real ones.
 
   python run_sample.py --workdir=runs/digits --num_images=1024 --out=runs/digits_1024
-  python benchmarks/digits_quality.py runs/digits_1024/samples.npz
+  python tools/digits_quality.py runs/digits_1024/samples.npz
 
 Prints the mean top probability of a logistic regression (and the same on the real digits), how many samples fall into
 each class, and the Frechet distance between samples and all real digits on the hidden layer (48 units) of an MLP.

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ddpm_tf.callbacks import saving
 from ddpm_tf.errors import InputError, NoValidCheckpointError, NumericsError, StorageError, WorkdirError
-from ddpm_tf.experiment.workdir import locked
-from ddpm_tf.training import callbacks, checkpoints
+from ddpm_tf.storage import checkpoints
+from ddpm_tf.storage.workdir import locked
 
 CORRUPTIONS = int(os.environ.get("CRASH_CORRUPTIONS", "100"))
 TENSORS = {"network/a": np.arange(6, dtype=np.float32).reshape(2, 3), "step": np.array(7)}
@@ -120,12 +121,12 @@ def test_another_format_is_refused_and_left_where_it_is(tmp_path, monkeypatch, f
 
 def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
     now, saved = [0.0], []
-    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
-    callback = callbacks.Checkpoints(
+    monkeypatch.setattr(saving.time, "monotonic", lambda: now[0])
+    callback = saving.Checkpoints(
         0, folder=str(tmp_path), every=0, minutes=2, num_steps=10**9, keep=3, keep_every=0, meta={}
     )
-    monkeypatch.setattr(callbacks.checkpoints, "variables_by_name", lambda model: {})
-    monkeypatch.setattr(callbacks.checkpoints, "save", lambda folder, step, *args, **kwargs: saved.append(step))
+    monkeypatch.setattr(saving.checkpoints, "variables_by_name", lambda model: {})
+    monkeypatch.setattr(saving.checkpoints, "save", lambda folder, step, *args, **kwargs: saved.append(step))
     for step in range(1, 12):  # half a minute each
         now[0] += 30
         callback.on_step(step, None)
@@ -222,7 +223,7 @@ def test_the_second_trainer_is_told_who_is_first(tmp_path):
 def test_a_killed_trainer_frees_its_lock(tmp_path):
     code = """
 import sys, time
-from ddpm_tf.experiment.workdir import locked
+from ddpm_tf.storage.workdir import locked
 with locked(sys.argv[1]):
     print('held', flush=True)
     time.sleep(60)

@@ -9,16 +9,16 @@ import pytest
 import tensorflow as tf
 
 from ddpm_tf import builders, experiment
+from ddpm_tf.callbacks.skipped_steps import SkippedSteps
 from ddpm_tf.data import make_dataset
 from ddpm_tf.data.sources import ArraySource
 from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.diffusion.schedules import Schedule, make_betas
 from ddpm_tf.errors import InputError, NumericsError
 from ddpm_tf.networks import UNet
-from ddpm_tf.training import checkpoints
+from ddpm_tf.storage import checkpoints
 from ddpm_tf.training.model import DiffusionModel
 from ddpm_tf.training.optimizers import make_optimizer
-from ddpm_tf.training.skipped import SkippedSteps
 from tests.conftest import mirrored, rows, state, tiny_config
 
 BATCH = 8

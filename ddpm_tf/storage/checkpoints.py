@@ -14,9 +14,9 @@ import tensorflow as tf
 from absl import logging
 
 from ddpm_tf import __version__
-from ddpm_tf.bundles import read_bundle, write_bundle
 from ddpm_tf.errors import InputError, NoValidCheckpointError, NumericsError, StorageError, storage_advice
 from ddpm_tf.files import fsync
+from ddpm_tf.storage.bundles import read_bundle, write_bundle
 
 FORMAT = 2  # of a checkpoint folder; 1 had no counts of skipped steps
 

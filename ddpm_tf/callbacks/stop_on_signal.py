@@ -6,7 +6,7 @@ import signal
 import socket
 import threading
 
-from ddpm_tf.training.callbacks import StepCallback
+from ddpm_tf.callbacks.base import StepCallback
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

@@ -12,8 +12,8 @@ import pytest
 import tensorflow as tf
 
 from ddpm_tf import errors
-from ddpm_tf.training import cluster
-from ddpm_tf.training.distribution import make_strategy
+from ddpm_tf.cluster import cluster, meeting, tf_config
+from ddpm_tf.cluster.strategy import make_strategy
 
 
 def free_ports(n):
@@ -30,7 +30,7 @@ def meet_in_threads(addresses, timeout):
 
     def one(k):
         try:
-            cluster.meet(cluster.Workers(addresses[k], k), timeout)
+            meeting.meet(tf_config.Workers(addresses[k], k), timeout)
         except errors.InputError as e:
             ends[k] = str(e)
 
@@ -72,7 +72,7 @@ input()
     def one(k):
         if k == 0:
             earlier.wait()
-        cluster.meet(cluster.Workers(addresses, k), 20)
+        meeting.meet(tf_config.Workers(addresses, k), 20)
         ends[k] = time.monotonic() - began
 
     threads = [threading.Thread(target=one, args=(k,)) for k in range(2)]
@@ -97,7 +97,7 @@ def test_a_second_process_with_the_same_index_is_told_so():
         connection.sendall(f"ddpm_tf worker 1 of {','.join(addresses)}\n".encode())
         time.sleep(0.3)
         with pytest.raises(errors.InputError, match="heard of two processes with index 1 within 2 s"):
-            cluster.meet(cluster.Workers(addresses, 1), 2)
+            meeting.meet(tf_config.Workers(addresses, 1), 2)
     others = meet_in_threads([None, addresses, addresses], 10)  # once the first has gone, the second is taken
     chief.join()
     assert others == [None] * 3
@@ -116,7 +116,7 @@ class InThreads(cluster.Cluster):
     """Workers that are threads: `gather` without TensorFlow's collectives."""
 
     def __init__(self, index, barrier, board):
-        super().__init__(cluster.Workers(("a:1", "b:1"), index))
+        super().__init__(tf_config.Workers(("a:1", "b:1"), index))
         self.barrier, self.board = barrier, board
 
     def gather(self, value):
@@ -162,7 +162,7 @@ def test_an_address_in_use_is_named():
         for index in (0, 1):
             addresses = (address, "127.0.0.1:1")[:: 1 - 2 * index]
             with pytest.raises(errors.InputError, match=f"{address}, this worker's address, cannot be used.*in use"):
-                cluster.meet(cluster.Workers(addresses, index), 1)
+                meeting.meet(tf_config.Workers(addresses, index), 1)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_a_tf_config_that_cannot_be_used_says_what_is_wrong(monkeypatch, text, m
 def test_the_chief_comes_first(monkeypatch):
     found = {"cluster": {"worker": ["a:1", "b:1"], "chief": ["c:1"]}, "task": {"type": "worker", "index": 1}}
     monkeypatch.setenv("TF_CONFIG", json.dumps(found))
-    assert cluster.read_tf_config() == (("c:1", "a:1", "b:1"), 2)
+    assert tf_config.read_tf_config() == (("c:1", "a:1", "b:1"), 2)
 
 
 def test_strategies_are_chosen_by_name(monkeypatch):

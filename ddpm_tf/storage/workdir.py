@@ -10,7 +10,7 @@ import uuid
 
 from ddpm_tf import config as config_lib
 from ddpm_tf.errors import InputError, WorkdirError
-from ddpm_tf.training import checkpoints
+from ddpm_tf.storage import checkpoints
 
 _PROBES = (".tmp-probe", ".tmp-probe-renamed")
 _BEFORE_CONFIG = {

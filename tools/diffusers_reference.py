@@ -1,6 +1,6 @@
 """Make a small UNet2DModel with diffusers itself, and its output on a fixed input: the fixture of tests/convert.
 
-python benchmarks/diffusers_reference.py tests/data/diffusers_small      (needs torch and diffusers)
+python tools/diffusers_reference.py tests/data/diffusers_small      (needs torch and diffusers)
 """
 
 import sys

@@ -16,11 +16,11 @@ import tensorflow as tf
 from PIL import Image
 
 from ddpm_tf import builders
-from ddpm_tf.bundles import read_bundle
-from ddpm_tf.training import checkpoints
+from ddpm_tf.storage import checkpoints
+from ddpm_tf.storage.bundles import read_bundle
+from tests.cluster.test_cluster import free_ports
 from tests.conftest import assert_the_same_end, rows, tiny_config
 from tests.training import test_model
-from tests.training.test_cluster import free_ports
 
 ROOT = Path(__file__).parent.parent.parent
 NUM_STEPS = 160
@@ -124,7 +124,7 @@ DRAWS = """
 import sys
 import numpy as np, tensorflow as tf
 from ddpm_tf import builders
-from ddpm_tf.training.distribution import distribute, make_strategy
+from ddpm_tf.cluster.strategy import distribute, make_strategy
 from tests.conftest import tiny_config
 strategy, cluster = make_strategy(join_timeout_s=100)
 config = tiny_config()

@@ -1,6 +1,6 @@
 """Write docs/parity.md: every quantity that the original code computed, beside ours.
 
-python -m benchmarks.parity            (about two minutes on 2 cores)
+python -m tools.parity            (about two minutes on 2 cores)
 """
 
 import numpy as np
@@ -238,7 +238,7 @@ def main():
     with open("docs/parity.md", "w") as f:
         f.write(
             "# Parity with the original code\n\n"
-            "Made by `python -m benchmarks.parity`. The references are values of the authors' TensorFlow 1 code "
+            "Made by `python -m tools.parity`. The references are values of the authors' TensorFlow 1 code "
             "(hojonathanho/diffusion, graph mode, float32, CPU), in `tests/data/`; three networks (16x16x3, 16x16x1, 8x8x3) "
             "and a checkpoint written by the original. Each row is the largest difference over all of them, absolute, and "
             "divided by the largest reference value. The same comparisons, element by element, are tests.\n\n"

@@ -6,8 +6,10 @@ import signal
 import tensorflow as tf
 from absl import logging
 
+from ddpm_tf.cluster.cluster import Cluster
+from ddpm_tf.cluster.meeting import JOIN_TIMEOUT_S, alarm, meet
+from ddpm_tf.cluster.tf_config import read_tf_config
 from ddpm_tf.errors import InputError, unknown_name
-from ddpm_tf.training.cluster import JOIN_TIMEOUT_S, Cluster, alarm, meet, read_tf_config
 
 STRATEGIES = ("auto", "default", "mirrored", "multi_worker")
 

@@ -5,8 +5,8 @@ import os
 import numpy as np
 from absl import logging
 
+from ddpm_tf.callbacks.base import StepCallback
 from ddpm_tf.errors import NumericsError
-from ddpm_tf.training.callbacks import StepCallback
 
 
 class SkippedSteps(StepCallback):

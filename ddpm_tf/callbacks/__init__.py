@@ -1,0 +1,1 @@
+"""What happens between two steps: progress, metrics, checkpoints, sample grids, signals, skipped steps."""
