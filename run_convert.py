@@ -31,7 +31,7 @@ _EMA = flags.DEFINE_bool("ema", True, "Give diffusers the moving average of the 
 _REFERENCE = flags.DEFINE_string("reference", None, "An .npz with x_t, t and output, to check the import with.")
 
 
-def main(_):
+def main(_: list[str]) -> None:
     if bool(_FROM.value) == bool(_TO.value):
         raise InputError("Give either --from or --to: tf1 or diffusers.")
     if not _WORKDIR.value:

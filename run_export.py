@@ -16,20 +16,16 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder written by run_train.py.
 _OUT = flags.DEFINE_string("out", None, "Folder of the model, MODELS/NAME; missing parents are made.")
 _VERSION = flags.DEFINE_integer("version", None, "Version to write; default: the newest one's successor.")
 _FORMAT = flags.DEFINE_string("format", "saved_model", "saved_model, onnx or openvino.")
-_SAMPLER = flags.DEFINE_string("sampler", None, "ddpm (ancestral) or ddim.")
-_NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps S, 1..T.")
-_ETA = flags.DEFINE_float("eta", None, "DDIM's noise, 0 (deterministic) to 1.")
-_SPACING = flags.DEFINE_string("spacing", None, "Visited timesteps: uniform, quad, linspace or trailing.")
-_CLIP = flags.DEFINE_bool("clip", None, "Clip the predicted x_0 to [-1, 1].")
 _MAX_BATCH = flags.DEFINE_integer("max_batch", 16, "Most images of one request, and the server's largest batch.")
 _BPD_STEPS = flags.DEFINE_integer(
     "bpd_steps", None, "Timesteps that bits_per_dim visits, 1..T; default: as many as the sampler's."
 )
 _LICENSE = flags.DEFINE_string("license", "", "License of the weights, for the model card.")
 _EMA = flags.DEFINE_bool("ema", True, "Export the moving average of the weights (--noema: the weights).")
+_SETTINGS = app.define_sampling_flags(without=("num_images", "batch_size", "seed"))
 
 
-def main(_):
+def main(_: list[str]) -> None:
     if not _WORKDIR.value:
         raise InputError("--workdir is missing; give a folder written by run_train.py.")
     if not _OUT.value:
@@ -43,11 +39,7 @@ def main(_):
         bpd_steps=_BPD_STEPS.value,
         license=_LICENSE.value,
         ema=_EMA.value,
-        sampler=_SAMPLER.value,
-        num_steps=_NUM_STEPS.value,
-        eta=_ETA.value,
-        spacing=_SPACING.value,
-        clip=_CLIP.value,
+        settings=_SETTINGS(),
     )
     print(report)
 

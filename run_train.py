@@ -16,20 +16,20 @@ from ml_collections import config_flags
 from ddpm_tf import app, experiment
 from ddpm_tf.cluster.strategy import STRATEGIES
 from ddpm_tf.errors import InputError
-from ddpm_tf.experiment.resume import NAN_POLICIES, StartOptions
+from ddpm_tf.experiment.run import NAN_POLICIES, StartOptions
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A config file: configs/*.py.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, checkpoints, metrics, samples.")
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Print config, parameters, shapes and memory, and leave; writes nothing."
 )
-_START = StartOptions()
+_DEFAULTS = StartOptions()
 _DOWNLOAD = flags.DEFINE_bool("download", False, "Let TFDS fetch and prepare a data set that is missing.")
 _GRACE = flags.DEFINE_float(
-    "grace_period_s", _START.grace_period_s, "After SIGTERM, seconds to finish the step and save it."
+    "grace_period_s", _DEFAULTS.grace_period_s, "After SIGTERM, seconds to finish the step and save it."
 )
 _NAN_POLICY = flags.DEFINE_enum(
-    "nan_policy", _START.nan_policy, NAN_POLICIES,
+    "nan_policy", _DEFAULTS.nan_policy, NAN_POLICIES,
     "A step whose loss or gradient is not finite: skip it (up to train.max_skipped_steps in a row), or stop at the first.",
 )  # fmt: skip
 _INIT_FROM = flags.DEFINE_string(
@@ -43,24 +43,24 @@ _EMA = flags.DEFINE_bool(
 )
 _DATA = flags.DEFINE_bool("allow_data_change", False, "Go on although the data set is not the one the run began with.")
 _STRATEGY = flags.DEFINE_enum(
-    "strategy", _START.strategy, STRATEGIES,
+    "strategy", _DEFAULTS.strategy, STRATEGIES,
     "default: one device; mirrored: the GPUs of this machine; multi_worker: the workers in TF_CONFIG; auto: what is there.",
 )  # fmt: skip
 _JOIN = flags.DEFINE_float(
-    "join_timeout_s", _START.join_timeout_s, "With several workers, seconds in which they wait for each other."
+    "join_timeout_s", _DEFAULTS.join_timeout_s, "With several workers, seconds in which they wait for each other."
 )
 _EXACT = flags.DEFINE_bool("require_exact", False, "Refuse to go on where the result would not be bit-exact.")
 
 
-def main(_):
+def main(_: list[str]) -> None:
     if _CONFIG.value is None:
         raise InputError("--config is missing; give a config file, for example --config=configs/digits.py.")
     if _DRY_RUN.value:
-        print(experiment.describe(_CONFIG.value, _STRATEGY.value))
+        print(experiment.dry_run(_CONFIG.value, _STRATEGY.value))
         return
     if not _WORKDIR.value:
         raise InputError("--workdir is missing; give the folder of the run, for example --workdir=runs/digits.")
-    start = StartOptions(
+    options = StartOptions(
         download=_DOWNLOAD.value,
         grace_period_s=_GRACE.value,
         nan_policy=_NAN_POLICY.value,
@@ -72,7 +72,9 @@ def main(_):
         strategy=_STRATEGY.value,
         join_timeout_s=_JOIN.value,
     )
-    experiment.train(_CONFIG.value, _WORKDIR.value, start)
+    report = experiment.train(_CONFIG.value, _WORKDIR.value, options)
+    if report:  # the chief's
+        print(report)
 
 
 if __name__ == "__main__":

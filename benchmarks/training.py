@@ -39,6 +39,7 @@ def measure(name, variant):
     import tensorflow as tf
 
     from ddpm_tf import builders
+    from ddpm_tf.choices import Choice
     from ddpm_tf.data import make_dataset
     from ddpm_tf.data.sources import ArraySource
     from ddpm_tf.training import optimizers
@@ -48,7 +49,7 @@ def measure(name, variant):
     for field, value in VARIANTS[variant].items():
         config_lib.put(config, field, value)
     if variant == "keras_adam":
-        optimizers.OPTIMIZERS["adam"] = keras.optimizers.Adam
+        optimizers.OPTIMIZERS["adam"] = Choice(keras.optimizers.Adam, ("beta_1", "beta_2", "epsilon"))
     model = builders.build_model(config, tf.distribute.get_strategy())
     images = np.random.default_rng(0).integers(0, 256, (256, *builders.image_shape(config)), np.uint8)
     iterator = iter(make_dataset(ArraySource(images), batch_size=config.data.batch_size, seed=0))

@@ -5,6 +5,8 @@ import gc
 import os
 import sys
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -14,8 +16,11 @@ from ddpm_tf.errors import InputError, Interrupted, PeerLostError, RunError, Sto
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
+_SAMPLING = "How to draw (a flag that is not given: as the workdir's config says)"
+
+
 @contextlib.contextmanager
-def _quiet_stderr():
+def _quiet_stderr() -> Iterator[None]:
     """Hold back what C++ writes to stderr, which no log level silences; an exception brings it out."""
     saved = os.dup(2)
     with tempfile.TemporaryFile() as held:
@@ -35,28 +40,54 @@ with _quiet_stderr():  # the first import of TensorFlow and the first look for G
     import tensorflow as tf
 
     tf.config.list_physical_devices()
-gc.freeze()  # what was imported lives to the end; going over it again and again is a tenth of the time to the first step
+# What was imported lives to the end. Without this the collector looks at it again and again, a tenth of the time to the
+# first step.
+gc.freeze()
 
 flags.DEFINE_bool("debug", False, "Show the traceback of an error.", allow_override=True)
 
 
-def run(main):
+def define_sampling_flags(*, without: Sequence[str] = ()) -> Callable[[], dict[str, Any]]:
+    """A flag for every field of the config's `sample` section, but for those named.
+
+    Returns:
+        A function that returns {field: value} of the flags that were given.
+    """
+    parsers = {int: flags.IntegerParser, float: flags.FloatParser, str: flags.ArgumentParser}
+    names = []
+    for field in config_lib.section("sample"):
+        name = field.path.partition(".")[2]
+        if name in without:
+            continue
+        names.append(name)
+        flag: flags.Flag = flags.BooleanFlag(name, None, field.doc)
+        if not isinstance(field.default, bool):
+            flag = flags.Flag(parsers[type(field.default)](), flags.ArgumentSerializer(), name, None, field.doc)
+        flags.DEFINE_flag(flag, module_name=_SAMPLING)
+
+    def given() -> dict[str, Any]:
+        return {name: flags.FLAGS[name].value for name in names if flags.FLAGS[name].value is not None}
+
+    return given
+
+
+def run(main: Callable[[list[str]], None]) -> None:
     """Run main(argv) under absl; exit codes as in `errors`."""
     logging.set_verbosity(logging.INFO)
     app.run(lambda argv: _guarded(main, argv), flags_parser=_parse_flags)
 
 
-def _guarded(main, argv):
+def _guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
     try:
         main(argv)
     except Interrupted as e:
         print(e, file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(e.exit_code)  # a thread may be in the middle of a grid: Python would wait for it, or crash
+        os._exit(e.exit_code)  # a thread may be drawing a grid: Python would wait for it, or crash
     except PeerLostError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(e.exit_code)  # what waits for the other worker in C++ would be waited for
+        os._exit(e.exit_code)  # C++ code may still wait for the other worker: Python would wait too
     except KeyboardInterrupt:
         _leave("Stopped by SIGINT.", 130, "")
     except (RunError, OSError) as e:
@@ -67,18 +98,20 @@ def _guarded(main, argv):
         _leave(str(e), e.exit_code)
 
 
-def _leave(message, code, prefix="error: "):
+def _leave(message: str, code: int, prefix: str = "error: ") -> NoReturn:
     print(f"{prefix}{message}", file=sys.stderr)
     sys.exit(code)
 
 
-def _parse_flags(argv):
+def _parse_flags(argv: list[str]) -> list[str]:
     """absl's own parser leaves with 1 on errors and on --help, and an unknown --config.x is a traceback there."""
     if any(a in ("--help", "-help", "-h", "--helpfull", "-helpfull", "--helpshort", "-helpshort") for a in argv[1:]):
-        print(sys.modules["__main__"].__doc__ + "\nFlags:\n" + flags.FLAGS.main_module_help())
-        print(flags.FLAGS.module_help(sys.modules[__name__]))
+        print((sys.modules["__main__"].__doc__ or "") + "\nFlags:\n" + flags.FLAGS.main_module_help())
+        for group in (_SAMPLING, __name__):
+            if group in flags.FLAGS.flags_by_module_dict():
+                print(flags.FLAGS.module_help(group))
         if "config" in flags.FLAGS:
-            print("\nFields of --config, with their defaults (configs/*.py change some):\n" + config_lib.describe())
+            print("\nFields of --config, with their defaults (configs/*.py change some):\n" + config_lib.help_text())
         sys.exit(0)
     try:
         rest = flags.FLAGS(argv)
@@ -95,7 +128,7 @@ def _parse_flags(argv):
     return rest
 
 
-def _explain_config_error(argv, error):
+def _explain_config_error(argv: list[str], error: Exception) -> str:
     known = {field.path for field in config_lib.FIELDS}
     path = next((arg.partition("=")[2] for arg in argv[1:] if arg.lstrip("-").startswith("config=")), "")
     if path and not os.path.isfile(path.partition(":")[0]):

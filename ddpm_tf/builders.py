@@ -1,37 +1,97 @@
 """Config sections to objects; beside `experiment`, the only reader of configs."""
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import tensorflow as tf
+from absl import logging
+from ml_collections import ConfigDict
 
 from ddpm_tf import config as config_lib
+from ddpm_tf import text
+from ddpm_tf.choices import Table
 from ddpm_tf.data import load_source, make_dataset
-from ddpm_tf.diffusion.losses import LOSS_WEIGHTS, LOSSES, make_loss
+from ddpm_tf.diffusion.losses import LOSS_WEIGHTS, LOSSES, LossFunction, make_loss
 from ddpm_tf.diffusion.prediction import PREDICTIONS
 from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.diffusion.schedules import BETA_SCHEDULES, TIMESTEP_SPACINGS, Schedule, make_betas
 from ddpm_tf.diffusion.variance import VARIANCES
 from ddpm_tf.errors import InputError, unknown_name
-from ddpm_tf.networks import UNet
+from ddpm_tf.networks import NETWORKS
+from ddpm_tf.networks.contract import Network
 from ddpm_tf.samplers import SAMPLERS, make_sampler
-from ddpm_tf.training.model import GRAD_CLIP_MODES, DiffusionModel
+from ddpm_tf.samplers.base import Sampler
+from ddpm_tf.training.model import DiffusionModel
 from ddpm_tf.training.optimizers import OPTIMIZERS, make_optimizer
+from ddpm_tf.training.trainer import GRAD_CLIP_MODES
 
-NETWORKS = {"unet": UNet}
+# The field that names an entry -> the table. The settings of the entries are fields of the same section.
+TABLES: dict[str, Table] = {
+    "diffusion.schedule": BETA_SCHEDULES, "network.name": NETWORKS, "train.loss_weight": LOSS_WEIGHTS,
+    "optimizer.name": OPTIMIZERS, "sample.sampler": SAMPLERS,
+}  # fmt: skip
 _NAMES = {
-    "diffusion.schedule": BETA_SCHEDULES, "diffusion.prediction": PREDICTIONS, "diffusion.variance": VARIANCES,
-    "network.name": NETWORKS, "train.loss": LOSSES, "train.loss_weight": LOSS_WEIGHTS,
-    "train.grad_clip_mode": GRAD_CLIP_MODES, "optimizer.name": OPTIMIZERS, "sample.sampler": SAMPLERS,
-    "sample.spacing": TIMESTEP_SPACINGS,
+    **TABLES, "diffusion.prediction": PREDICTIONS, "diffusion.variance": VARIANCES, "train.loss": LOSSES,
+    "train.grad_clip_mode": GRAD_CLIP_MODES, "sample.spacing": TIMESTEP_SPACINGS,
 }  # fmt: skip
 
 
-def image_shape(config):
+def setting_field(path: str, entry: str, setting: str) -> str:
+    """The field of a setting: sample.eta of eta, or diffusion.cosine_s of s, where the name alone says too little.
+
+    Args:
+        path: the field that names the entry, a key of TABLES.
+    """
+    section = path.partition(".")[0]
+    shared = f"{section}.{setting}"
+    return shared if any(field.path == shared for field in config_lib.FIELDS) else f"{section}.{entry}_{setting}"
+
+
+def settings_of(config: ConfigDict, path: str) -> dict[str, Any]:
+    """{setting: value} of the entry that the field `path` names; of an unknown entry, nothing."""
+    name = config_lib.get(config, path)
+    settings = TABLES[path][name].settings if name in TABLES[path] else ()
+    return {setting: config_lib.get(config, setting_field(path, name, setting)) for setting in settings}
+
+
+def foreign_settings(config: ConfigDict) -> list[tuple[config_lib.Field, str]]:
+    """[(field, the field that names the entry)] of settings that the chosen entries do not have, off their defaults."""
+    foreign = []
+    for path, table in TABLES.items():
+        owners = {setting_field(path, entry, s): entry for entry, choice in table.items() for s in choice.settings}
+        chosen = config_lib.get(config, path)
+        own = {setting_field(path, chosen, s) for s in table[chosen].settings} if chosen in table else set(owners)
+        foreign += [
+            (field, path)
+            for field in config_lib.FIELDS
+            if field.path in owners.keys() - own and config_lib.get(config, field.path) != field.default
+        ]
+    return foreign
+
+
+def without_foreign_settings(config: ConfigDict, origin: str) -> ConfigDict:
+    """A config of a workdir, with the settings that play no part at their defaults.
+
+    Versions before 0.2.0 let a setting stand that the chosen entry does not have, such as beta_end with schedule cosine.
+    """
+    foreign = foreign_settings(config)
+    for field, path in foreign:
+        logging.info(
+            "%s has %s=%s, which %s=%s does not use: read as %s.", origin, field.path, config_lib.get(config, field.path),
+            path, config_lib.get(config, path), field.default,
+        )  # fmt: skip
+    for field, _ in foreign:
+        config_lib.put(config, field.path, field.default)
+    return config
+
+
+def image_shape(config: ConfigDict) -> tuple[int, int, int]:
     """(H, W, C)."""
     return config.data.image_size, config.data.image_width or config.data.image_size, config.data.channels
 
 
-def build_source(config, *, download=False, read_only=False):
+def build_source(config: ConfigDict, *, download: bool = False, read_only: bool = False) -> Any:
     data = config.data
     return load_source(
         data.source, image_shape=image_shape(config), split=data.split, data_dir=data.data_dir, download=download,
@@ -39,67 +99,63 @@ def build_source(config, *, download=False, read_only=False):
     )  # fmt: skip
 
 
-def build_dataset(config, source, *, start_step, replicas=(0, 1, 1)):
+def build_dataset(
+    config: ConfigDict, source: Any, *, start_step: int, replicas: tuple[int, int, int] = (0, 1, 1)
+) -> tf.data.Dataset:
     return make_dataset(
         source, batch_size=config.data.batch_size, seed=config.seed, start_step=start_step,
         random_flip=config.data.random_flip, replicas=replicas,
     )  # fmt: skip
 
 
-def build_diffusion(config):
+def build_diffusion(config: ConfigDict) -> GaussianDiffusion:
     d = config.diffusion
-    betas = make_betas(d.schedule, d.num_timesteps, beta_start=d.beta_start, beta_end=d.beta_end)
-    return GaussianDiffusion(Schedule(betas), prediction=d.prediction, variance=d.variance, clip=config.sample.clip)
+    betas = make_betas(d.schedule, d.num_timesteps, **settings_of(config, "diffusion.schedule"))
+    return GaussianDiffusion(Schedule(betas), prediction=d.prediction, variance=d.variance)
 
 
-def build_network(config, diffusion, *, precision="float32"):
+def build_network(config: ConfigDict, diffusion: GaussianDiffusion, *, precision: str = "float32") -> Network:
     """The network, with the output channels that the diffusion's variance needs; its weights are always float32."""
-    n = config.network
-    if n.name not in NETWORKS:
-        raise unknown_name("network.name", n.name, NETWORKS)
-    shape = image_shape(config)
-    return NETWORKS[n.name](
-        shape, out_channels=shape[-1] * (2 if diffusion.has_learned_variance else 1), **_sizes(config),
-        resamp_with_conv=n.resamp_with_conv, remat=n.remat, seed=config.seed,
+    shape, settings = image_shape(config), settings_of(config, "network.name")
+    if config.network.name not in NETWORKS:
+        raise unknown_name("network.name", config.network.name, NETWORKS)
+    return NETWORKS[config.network.name].build(
+        shape, out_channels=shape[-1] * (2 if diffusion.has_learned_variance else 1), **settings, seed=config.seed,
         dtype="float32" if precision == "float32" else f"mixed_{precision}",
     )  # fmt: skip
 
 
-def _sizes(config):
-    """The network's arguments that must fit each other and the images."""
-    n = config.network
-    return {
-        "ch": n.ch, "ch_mult": n.ch_mult, "num_res_blocks": n.num_res_blocks, "attn_resolutions": n.attn_resolutions,
-        "dropout": n.dropout, "block_size": n.block_size,
-    }  # fmt: skip
+def build_optimizer(config: ConfigDict) -> Any:
+    o, settings = config.optimizer, settings_of(config, "optimizer.name")
+    return make_optimizer(o.name, learning_rate=o.learning_rate, warmup_steps=o.warmup_steps, **settings)
 
 
-def build_optimizer(config):
-    o = config.optimizer
-    return make_optimizer(
-        o.name, learning_rate=o.learning_rate, warmup_steps=o.warmup_steps, beta_1=o.beta_1, beta_2=o.beta_2,
-        epsilon=o.epsilon,
-    )  # fmt: skip
-
-
-def uses_xla(config):
+def uses_xla(config: ConfigDict) -> bool:
     """Whether loss and gradient are compiled by XLA."""
     jit = config.train.jit_compile
     return jit == "on" or (jit == "auto" and bool(tf.config.list_physical_devices("GPU")))
 
 
-def build_model(config, strategy, *, max_skipped_steps=None, is_compiled=True):
+def build_model(
+    config: ConfigDict,
+    strategy: tf.distribute.Strategy,
+    *,
+    max_skipped_steps: int | None = None,
+    is_compiled: bool = True,
+) -> DiffusionModel:
     """The trainer with all variables made under `strategy`.
 
-    max_skipped_steps: None: the config's. is_compiled: with optimizer and moments, else only to look at.
+    Args:
+        max_skipped_steps: None: the config's.
+        is_compiled: with optimizer and moments, else only to look at.
     """
     check_batch_size(config, strategy.num_replicas_in_sync)
     t, diffusion = config.train, build_diffusion(config)
     with strategy.scope():
         model = DiffusionModel(
             build_network(config, diffusion, precision=t.precision), diffusion, seed=config.seed,
-            loss=t.loss, loss_weight=t.loss_weight, ema_decay=t.ema_decay,
-            grad_clip=t.grad_clip, grad_clip_mode=t.grad_clip_mode,
+            loss=t.loss, loss_weight=t.loss_weight, loss_settings=settings_of(config, "train.loss_weight"),
+            ema_decay=t.ema_decay, grad_clip=t.grad_clip, grad_clip_mode=t.grad_clip_mode,
             max_skipped_steps=max_skipped_steps or t.max_skipped_steps, micro_batches=t.micro_batches,
         )  # fmt: skip
         if is_compiled:
@@ -108,7 +164,12 @@ def build_model(config, strategy, *, max_skipped_steps=None, is_compiled=True):
     return model
 
 
-def check(config):
+def build_sampler(config: ConfigDict, diffusion: GaussianDiffusion) -> Sampler:
+    s, settings = config.sample, settings_of(config, "sample.sampler")
+    return make_sampler(s.sampler, diffusion, num_steps=s.num_steps or None, spacing=s.spacing, clip=s.clip, **settings)
+
+
+def check(config: ConfigDict) -> None:
     """Refuse a config that cannot be trained, with everything that is wrong in it.
 
     Runs no TensorFlow op: devices and strategy can be set up only before the first.
@@ -117,39 +178,47 @@ def check(config):
         InputError
     """
     config_lib.check_types(config)
-    found = config_lib.range_problems(config)
-    told = {problem.partition(".")[0] for problem in found}  # sections
+    problems = config_lib.range_problems(config)
+    wrong_sections = {problem.partition(".")[0] for problem in problems}
     for path, table in _NAMES.items():
         if (name := config_lib.get(config, path)) not in table:
-            found.append(str(unknown_name(path, name, table)))
-            told.add(path.partition(".")[0])
+            problems.append(str(unknown_name(path, name, table)))
+            wrong_sections.add(path.partition(".")[0])
+    for field, path in foreign_settings(config):
+        problems.append(
+            f"{field.path}={config_lib.get(config, field.path)}: {path}={config_lib.get(config, path)} has no such setting; "
+            f"leave it at {field.default}"
+        )
 
-    def attempt(path, build, *args, reads):
-        """What depends on several fields, where nothing is wrong with any of them alone."""
-        if not told & set(reads):
+    def attempt(path: str, build: Callable[..., Any], *args: Any, reads: Sequence[str]) -> Any:
+        """Try what depends on several fields, if nothing is wrong with any of them alone."""
+        if not wrong_sections & set(reads):
             try:
                 return build(config, *args)
             except InputError as e:
-                found.append(f"{path}: {e}")
+                problems.append(f"{path}: {e}")
+        return None
 
     diffusion = attempt("diffusion", build_diffusion, reads=["diffusion"])
     if diffusion:
-        attempt("sample.num_steps, sample.eta", build_sampler, diffusion, reads=["sample"])
+        attempt("sample", build_sampler, diffusion, reads=["sample"])
         attempt("train.loss", _build_loss, diffusion, reads=["train"])
     attempt("network", _check_network, reads=["network", "data"])
     attempt("train.micro_batches", check_batch_size, 1, reads=["data", "train"])
-    config_lib.refuse(found)
+    config_lib.refuse(problems)
 
 
-def _build_loss(config, diffusion):
-    return make_loss(config.train.loss, diffusion, weight=config.train.loss_weight)
+def _build_loss(config: ConfigDict, diffusion: GaussianDiffusion) -> LossFunction:
+    t = config.train
+    return make_loss(t.loss, diffusion, weight=t.loss_weight, **settings_of(config, "train.loss_weight"))
 
 
-def _check_network(config):
-    NETWORKS[config.network.name].check(image_shape(config), **_sizes(config))
+def _check_network(config: ConfigDict) -> None:
+    network_class: Any = NETWORKS[config.network.name].build
+    network_class.check(image_shape(config), **settings_of(config, "network.name"))
 
 
-def check_batch_size(config, replicas):
+def check_batch_size(config: ConfigDict, replicas: int) -> None:
     """Refuse a batch that replicas and micro-batches do not divide."""
     micro_batches = config.train.micro_batches
     parts = replicas * micro_batches
@@ -163,14 +232,7 @@ def check_batch_size(config, replicas):
         )
 
 
-def build_sampler(config, diffusion):
-    s = config.sample
-    return make_sampler(s.sampler, diffusion, num_steps=s.num_steps or None, spacing=s.spacing, eta=s.eta)
-
-
-def parameter_table(network):
+def parameter_table(network: Network) -> str:
     """Every weight's name, shape and size, and the total, as text."""
     rows = [(v.path, str(tuple(v.shape)), f"{math.prod(v.shape):,}") for v in network.variables]
-    rows.append(("total", "", f"{network.count_params():,}"))
-    widths = [max(len(row[k]) for row in rows) for k in range(3)]
-    return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows)
+    return text.table([*rows, ("total", "", f"{network.count_params():,}")], right=[2])

@@ -5,6 +5,7 @@ The message says what was found, what was expected and what to do. The command l
 
 import errno
 import resource
+from collections.abc import Iterable
 
 
 class RunError(Exception):
@@ -62,12 +63,12 @@ class NoValidCheckpointError(RunError):
 class Interrupted(RunError):
     """A signal ended the run after its state was saved; exit code 128 + the signal's number."""
 
-    def __init__(self, message, signal_number):
+    def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
 
 
-def storage_advice(error):
+def storage_advice(error: Exception) -> str:
     """What to do about an error of the file system, as a sentence."""
     if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "Too many open files" in str(error):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -77,6 +78,6 @@ def storage_advice(error):
     return "Make room or see to the device, and start again with the same command."
 
 
-def unknown_name(kind, name, known):
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:
     """The error for a name that is not in a table of choices."""
     return InputError(f"Unknown {kind} {name!r}; expected one of {sorted(known)}.")

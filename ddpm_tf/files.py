@@ -9,11 +9,13 @@ import fcntl
 import hashlib
 import os
 import shutil
+import socket
+import time
 import uuid
 from collections.abc import Iterator
 from typing import IO
 
-from ddpm_tf.errors import InputError
+from ddpm_tf.errors import InputError, WorkdirError
 
 TEMPORARY, TRASH = ".tmp-", ".trash-"
 
@@ -67,10 +69,11 @@ def atomic_folder(path: str) -> Iterator[str]:
     The temporary folder is locked meanwhile, so that another process's `sweep` leaves it alone. The parent must exist.
 
     Raises:
-        OSError: `path` is a file or a folder that is not empty, or the file system failed. `path` is unchanged, and the
-            temporary folder is gone.
+        OSError: `path` is a file or a folder that is not empty, or the file system failed; the temporary folder is gone. `path`
+            is unchanged or, if the disk could not be told of its new name, complete.
     """
-    parent, name = os.path.split(os.path.abspath(path))
+    path = os.path.realpath(path)  # a link to an empty folder stays a link
+    parent, name = os.path.split(path)
     temporary = os.path.join(parent, f"{TEMPORARY}{name}-{uuid.uuid4().hex}")
     try:
         os.mkdir(temporary)
@@ -137,3 +140,28 @@ def check_new_folder(path: str, name: str) -> None:
         raise InputError(
             f"{name}={path} exists and is not an empty folder. Nothing is written over: choose another, or remove it."
         )
+
+
+@contextlib.contextmanager
+def owner_lock(path: str, owned: str) -> Iterator[None]:
+    """Hold the lock of a file that says who holds it; the file is made if need be.
+
+    Args:
+        owned: what the lock is for, for the message, for example "--workdir=W is in use by another training".
+
+    Raises:
+        WorkdirError: another process holds it; the message says which.
+        OSError: the file cannot be written.
+    """
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.2)  # the owner may have got the lock a moment ago, and not have written its name yet
+            file.seek(0)
+            raise WorkdirError(f"{owned}: {file.read().strip()}. Wait, or use another.") from None
+        file.truncate(0)
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"host {socket.gethostname()}, process {os.getpid()}, started {started}\n")
+        file.flush()
+        yield

@@ -1,22 +1,27 @@
 """Random numbers as a function of (seed, step, index, purpose); nothing random is ever stored.
 
-The bits are Philox4x32-10 (Salmon et al. 2011), the generator behind `tf.random`'s `alg="philox"`,
-written in ordinary integer ops with one key and one counter *per example*: a key is a 64-bit seed, a
-counter is (block, purpose, index, step). So a replica's draw is its slice of the global draw, an image is
-the same in any batch, and eager, graph, XLA and SavedModel give the same integers.
-`tf.random` is not used because its kernels take one key per call and because XLA and the ordinary kernels
-turn the same seed into different floats.
+The bits are those of Philox4x32-10 (Salmon et al. 2011), the generator behind `tf.random`'s `alg="philox"`. Philox turns a
+key and a counter into 128 random bits. Here every example has a key, its 64-bit seed, and a counter of four 32-bit words:
+(block, purpose, index, step). So a replica's draw is a slice of the global draw, and an image is the same in any batch.
+
+Philox is written here in ordinary integer ops, so that eager, graph, XLA and SavedModel give the same integers. `tf.random`
+is not used: its kernels take one key per call, and XLA and the ordinary kernels turn the same seed into different floats.
 """
 
 import enum
 import math
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import tensorflow as tf
 
 
 class Purpose(enum.IntEnum):
-    """What a draw is for. Two purposes never share a counter; dropout layers count up from DROPOUT."""
+    """What a draw is for: the counter's second word, so that two purposes never share a counter.
+
+    Dropout layer k has DROPOUT + k.
+    """
 
     TIMESTEP = 0
     NOISE = 1
@@ -24,9 +29,10 @@ class Purpose(enum.IntEnum):
     DROPOUT_SEED = 3
     PRIOR = 4
     STEP = 5
-    SHUFFLE = 6
     DROPOUT = 1 << 16
 
+
+Integers: TypeAlias = "int | Sequence[int] | np.ndarray | tf.Tensor"  # one for all examples, or one for each
 
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -34,13 +40,13 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 
 
-def bits(seeds, n, *, purpose, index=0, step=0):
+def bits(seeds: Integers, n: int, *, purpose: int, index: Integers = 0, step: Integers = 0) -> tf.Tensor:
     """Uniform 32-bit integers, n for each example.
 
     Args:
-        seeds: int64 scalar or [B], the Philox key; any value, negative ones included.
-        n: how many integers per example (a Python int).
-        purpose: a `Purpose` or int below 2^32, the second counter word.
+        seeds: int64 scalar or [B], any value: Philox' key.
+        n: how many integers per example.
+        purpose: a `Purpose`, or another int below 2^32.
         index: int scalar or [B], position of the example in the global batch; 0 <= index < 2^32.
         step: int scalar or [B], training step or sampling index; 0 <= step < 2^32.
 
@@ -50,14 +56,14 @@ def bits(seeds, n, *, purpose, index=0, step=0):
     u64 = tf.uint64
     mask = tf.constant(_MASK, u64)
 
-    def column(value):  # -> [B or 1, 1], a 32-bit word in a uint64
+    def column(value: Integers) -> tf.Tensor:  # [B or 1, 1], a 32-bit word in a uint64
         return tf.reshape(tf.cast(value, u64), [-1, 1]) & mask
 
     seeds = tf.cast(seeds, tf.int64) if tf.is_tensor(seeds) else tf.constant(seeds, tf.int64)
     key = tf.reshape(tf.bitcast(seeds, u64), [-1, 1])
     k0, k1 = key & mask, _shift_right(key, 32)
     index, step = column(index), column(step)
-    batch = tf.zeros_like(key + index + step)  # [B, 1]: every word broadcast to the common batch
+    batch = tf.zeros_like(key + index + step)  # [B, 1]; adding it gives every word the same B
     blocks = tf.range(-(-n // 4), dtype=tf.int64)
     c0 = tf.cast(blocks[None], u64) + batch  # [B, blocks]
     c1, c2, c3 = batch + tf.constant(int(purpose), u64), batch + index, batch + step
@@ -73,11 +79,19 @@ def bits(seeds, n, *, purpose, index=0, step=0):
     return tf.cast(words[:, :n], tf.uint32)
 
 
-def normal(seeds, shape, *, purpose, index=0, step=0):
-    """Standard normals, float32 [B, *shape], by Box-Muller from `bits`; |value| < 5.9.
+def normal(
+    seeds: Integers, shape: Sequence[int], *, purpose: int, index: Integers = 0, step: Integers = 0
+) -> tf.Tensor:
+    """Standard normals by the Box-Muller transform of `bits`, whose arguments these are.
 
-    `shape` is the static shape of one example. The arguments are those of `bits`. The integers agree
-    everywhere; the floats to 5e-7 between devices and compilers (log, sin and cos differ in the last bit).
+    The bits agree everywhere. The normals of two devices or compilers agree to 5e-7, because log, sin and cos may differ in
+    the last bit.
+
+    Args:
+        shape: the shape of one example.
+
+    Returns:
+        float32 [B, *shape], |value| < 5.9.
     """
     size = math.prod(shape)
     pairs = -(-size // 2)
@@ -89,16 +103,25 @@ def normal(seeds, shape, *, purpose, index=0, step=0):
     return tf.reshape(z[:, :size], [-1, *shape])
 
 
-def integers(seeds, bound, *, purpose, index=0, step=0):
-    """Uniform int32 [B] in [0, bound), 1 <= bound < 2^31; the bias is below bound / 2^32."""
+def integers(seeds: Integers, bound: int, *, purpose: int, index: Integers = 0, step: Integers = 0) -> tf.Tensor:
+    """Uniform int32 [B] in [0, bound), 1 <= bound < 2^31, from `bits`; the bias is below bound / 2^32."""
     words = tf.cast(bits(seeds, 1, purpose=purpose, index=index, step=step)[:, 0], tf.uint64)
     return tf.cast(_shift_right(words * tf.constant(bound, tf.uint64), 32), tf.int32)
 
 
-def bernoulli(seeds, probability, shape, *, purpose, index=0, step=0):
-    """Bool [B, *shape], True with `probability`, rounded to a multiple of 2^-16.
+def bernoulli(
+    seeds: Integers,
+    probability: float,
+    shape: Sequence[int],
+    *,
+    purpose: int,
+    index: Integers = 0,
+    step: Integers = 0,
+) -> tf.Tensor:
+    """Bool [B, *shape], True with `probability`, which is rounded to a multiple of 2^-16.
 
-    Each 32-bit word decides two elements: a mask has as many elements as an activation, and its cost shows.
+    Each 32-bit word of `bits` decides two elements. A word for each would make dropout masks, which are as large as the
+    activations, noticeably slower.
     """
     size = math.prod(shape)
     words = bits(seeds, -(-size // 2), purpose=purpose, index=index, step=step)
@@ -107,10 +130,10 @@ def bernoulli(seeds, probability, shape, *, purpose, index=0, step=0):
     return tf.reshape(halves[:, :size] < threshold, [-1, *shape])
 
 
-def _open_uniform(words):
-    """uint32 -> float32 in (0, 1): 24 bits and a half, so that the logarithm is always finite."""
+def _open_uniform(words: tf.Tensor) -> tf.Tensor:
+    """uint32 -> float32 in (0, 1], (its upper 24 bits + 1/2) / 2^24: never 0, so that the logarithm is finite."""
     return (tf.cast(_shift_right(words, 8), tf.float32) + 0.5) * np.float32(2.0**-24)
 
 
-def _shift_right(words, places):
+def _shift_right(words: tf.Tensor, places: int) -> tf.Tensor:
     return tf.bitwise.right_shift(words, tf.constant(places, words.dtype))

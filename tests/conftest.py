@@ -15,7 +15,9 @@ from ddpm_tf import experiment
 from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.diffusion.schedules import Schedule, make_betas
 from ddpm_tf.networks import UNet
+from ddpm_tf.samplers.loop import begin, run_loop
 from ddpm_tf.storage import checkpoints
+from ddpm_tf.training.objective import Draws
 
 DATA = os.path.join(os.path.dirname(__file__), "data")
 REFERENCES = ("ho2020_a", "ho2020_b", "ho2020_f")
@@ -118,6 +120,25 @@ def mirrored(replicas):
     if replicas == 1:
         return tf.distribute.get_strategy()
     return tf.distribute.MirroredStrategy([f"CPU:{k}" for k in range(replicas)])
+
+
+def run_chain(sampler, output_fn, x, seeds, **kwargs):
+    """The Carry after running a sampler on a function (x_t, i) -> network output, from the state x; see `run_loop`."""
+
+    def denoise(x, i, x_0=None):
+        return sampler.diffusion.p_mean_variance(output_fn(x, i), x, i, clip=sampler.clip)
+
+    return run_loop(sampler, denoise, begin(sampler, x), seeds, **kwargs)
+
+
+def draw_from_tables(model, reference):
+    """Let a model train on the timesteps and the noise that the original code drew."""
+
+    def draws(index, step):
+        t, eps = (tf.gather(tf.constant(reference[k]), step) for k in ("train_t", "train_eps"))
+        return Draws(t, eps, tf.zeros([t.shape[0], 2], tf.int32))
+
+    model.objective.draws = draws
 
 
 def tiny_config(num_steps=4):

@@ -11,13 +11,15 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from ddpm_tf import builders, experiment
+from ddpm_tf import builders, experiment, files
 from ddpm_tf import config as config_lib
 from ddpm_tf.callbacks import metrics as metrics_lib
 from ddpm_tf.callbacks import saving
-from ddpm_tf.data.manifest import difference, digest
+from ddpm_tf.cluster.cluster import Cluster
+from ddpm_tf.data.manifest import difference, digest, manifest
 from ddpm_tf.errors import InputError, NoValidCheckpointError, StorageError, WorkdirError
 from ddpm_tf.experiment import StartOptions, resume, training
+from ddpm_tf.experiment.run import Run
 from ddpm_tf.storage import checkpoints
 from ddpm_tf.storage.bundles import assign
 from ddpm_tf.storage.fingerprint import changes, fingerprint
@@ -49,7 +51,7 @@ def steps_of(model, config, source, first, last):
 
 
 def values(model):
-    return {name: v.numpy() for name, v in checkpoints.variables_by_name(model).items()}
+    return {name: v.numpy() for name, v in model.state().items()}
 
 
 def assert_going_on_gives_the_same_end(model, config, source, folder):
@@ -60,9 +62,9 @@ def assert_going_on_gives_the_same_end(model, config, source, folder):
         shutil.rmtree(checkpoints.step_folder(folder, newer))
         step, tensors = checkpoints.restore_latest(folder)
         assert step == k
-        for v in checkpoints.variables_by_name(model).values():
+        for v in model.state().values():
             v.assign(tf.cast(tf.fill(v.shape, 7), v.dtype))
-        assign(checkpoints.variables_by_name(model), tensors, "")
+        assign(model.state(), tensors, "")
         assert list(steps_of(model, config, source, k, end))[-1] == end
         assert_equal(values(model), expected)
 
@@ -109,11 +111,15 @@ def test_going_on_from_every_fifth_step_gives_the_same_end(replicas, fields, tmp
 
 
 def restore(workdir, start=StartOptions(), *, fingerprint={}):  # noqa: B006, B008
-    """What a run of the tiny config would go on from: (step, tensors)."""
-    config = tiny_config()
-    model = builders.build_model(config, tf.distribute.get_strategy())
-    step = resume.restore(model, config, str(workdir), start, fingerprint=fingerprint)
-    return step, {name: v.numpy() for name, v in checkpoints.variables_by_name(model).items()}
+    """What a run of the tiny config would continue from: (step, tensors)."""
+    config, strategy = tiny_config(), tf.distribute.get_strategy()
+    model = builders.build_model(config, strategy)
+    run = Run(
+        config=config, workdir=str(workdir), options=start, strategy=strategy, cluster=Cluster(), source=None, data={},
+        fingerprint=fingerprint,
+    )  # fmt: skip
+    step = resume.restore(run, model)
+    return step, {name: v.numpy() for name, v in model.state().items()}
 
 
 def rewrite(workdir, change):
@@ -125,7 +131,7 @@ def rewrite(workdir, change):
 
 def test_a_checkpoint_without_average_is_refused_unless_asked_for(copy):
     rewrite(copy, lambda tensors: {n: t for n, t in tensors.items() if not n.startswith("ema/")})
-    with pytest.raises(InputError, match="step 4 has no moving average .* --ema_from_weights"):
+    with pytest.raises(InputError, match="step 4 in .* has no moving average .* --ema_from_weights"):
         restore(copy)
     _, tensors = restore(copy, StartOptions(ema_from_weights=True))
     for name in tensors:
@@ -135,7 +141,9 @@ def test_a_checkpoint_without_average_is_refused_unless_asked_for(copy):
 
 def test_names_that_do_not_fit_are_told(copy):
     rewrite(copy, lambda tensors: {n.replace("conv_in", "conv_one"): t for n, t in tensors.items()})
-    with pytest.raises(InputError, match="(?s)checkpoint of step 4 does not fit.*conv_in.*missing.*conv_one.*no such"):
+    with pytest.raises(
+        InputError, match="(?s)checkpoint of step 4 in .* does not fit.*conv_in.*missing.*conv_one.*no such"
+    ):
         restore(copy)
 
 
@@ -220,7 +228,9 @@ def test_another_data_set_is_refused_with_counts_and_the_first_file(tmp_path):
     (tmp_path / "w").mkdir()
 
     def found():
-        return resume.check_data(builders.build_source(folder_config(folder)), str(tmp_path / "w"), StartOptions())
+        data = manifest(builders.build_source(folder_config(folder)))
+        resume.check_data(data, str(tmp_path / "w"), StartOptions())
+        return data
 
     for k in range(9):
         Image.fromarray(np.full((8, 8), k, np.uint8)).save(folder / f"{k}.png")
@@ -235,9 +245,8 @@ def test_another_data_set_is_refused_with_counts_and_the_first_file(tmp_path):
     shutil.copy(folder / "0.png", folder / "05.png")
     with pytest.raises(InputError, match=r"9 images then, 10 now; file 1 was '1.png' .* is '05.png'"):
         found()
-    source = builders.build_source(folder_config(folder))
-    changed = resume.check_data(source, str(tmp_path / "w"), StartOptions(allow_data_change=True))
-    assert changed["num_examples"] == 10
+    data = manifest(builders.build_source(folder_config(folder)))
+    resume.check_data(data, str(tmp_path / "w"), StartOptions(allow_data_change=True))
 
 
 def test_a_manifest_does_not_depend_on_where_the_data_are_held():
@@ -267,14 +276,14 @@ def test_a_workdir_that_cannot_be_written_to_is_refused_before_anything_is_built
 
 
 def test_an_error_of_reading_renames_nothing(copy, monkeypatch):
-    digest = checkpoints._sha256
+    digest = files.sha256
 
     def flaky(path):
         if "step_000000000004" in str(path):
             raise OSError(errno.EIO, "Input/output error")
         return digest(path)
 
-    monkeypatch.setattr(checkpoints, "_sha256", flaky)
+    monkeypatch.setattr(files, "sha256", flaky)
     assert checkpoints.restore_latest(copy / "ckpt", quarantine=True)[0] == 2
     monkeypatch.undo()
     assert state(copy)[0] == 4
@@ -284,7 +293,7 @@ def test_an_error_of_reading_renames_nothing(copy, monkeypatch):
     def too_many(path):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(checkpoints, "_sha256", too_many)
+    monkeypatch.setattr(files, "sha256", too_many)
     with pytest.raises(StorageError, match="ulimit -n"):
         checkpoints.restore_latest(copy / "ckpt", quarantine=True)
     monkeypatch.undo()

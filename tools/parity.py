@@ -13,10 +13,9 @@ from ddpm_tf.diffusion.schedules import make_betas
 from ddpm_tf.evaluation.likelihood import bits_per_dim
 from ddpm_tf.networks.layers import timestep_embedding
 from ddpm_tf.samplers import make_sampler
-from ddpm_tf.samplers.loop import run_loop
 from ddpm_tf.training.model import DiffusionModel
 from ddpm_tf.training.optimizers import make_optimizer
-from tests.conftest import DATA, Reference, tf1_name
+from tests.conftest import DATA, Reference, draw_from_tables, run_chain, tf1_name
 
 PREDICTIONS = {"eps": "eps", "x_0": "xstart", "x_prev": "xprev"}
 VARIANCES = {"fixed_large": "fixedlarge", "fixed_small": "fixedsmall", "learned": "learned"}
@@ -147,7 +146,7 @@ def loops(r, table):
     for variance in ("fixed_large", "fixed_small"):
         sampler = make_sampler("ddpm", r.diffusion(variance=variance))
         chain = tf.function(
-            lambda x, start, stop, sampler=sampler: run_loop(
+            lambda x, start, stop, sampler=sampler: run_chain(
                 sampler, lambda x_t, i: unet({"x_t": x_t, "t": i}), x, tf.zeros([x.shape[0]], tf.int64), start=start,
                 stop=stop, noise_fn=lambda s, i, shape: noise[T - i],
             )[:2]
@@ -170,17 +169,9 @@ def loops(r, table):
             top = t
 
 
-class RecordedDraws(DiffusionModel):
-    """Trains on the recorded timesteps and noise."""
-
-    def draws(self, index, step):
-        t, eps = (tf.gather(tf.constant(self.recorded[k]), step) for k in ("train_t", "train_eps"))
-        return t, eps, tf.zeros([t.shape[0], 2], tf.int32)
-
-
 def training(r, table):
-    model = RecordedDraws(r.network(), r.diffusion(), ema_decay=0.9)
-    model.recorded = r
+    model = DiffusionModel(r.network(), r.diffusion(), ema_decay=0.9)
+    draw_from_tables(model, r)
     model.compile(make_optimizer(learning_rate=2e-3, warmup_steps=5))
     iterator = iter(tf.data.Dataset.from_tensor_slices({"image": r["train_x0"]}))
     model.make_train_function()

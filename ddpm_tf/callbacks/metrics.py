@@ -1,10 +1,12 @@
-"""metrics.jsonl and TensorBoard."""
+"""The metrics of a run: rows in metrics.jsonl, and TensorBoard events."""
 
 import json
 import math
 import os
 import time
+from collections.abc import Iterator, Mapping
 
+import numpy as np
 import tensorflow as tf
 from absl import logging
 
@@ -13,20 +15,29 @@ from ddpm_tf.files import write_text
 
 
 class Metrics(StepCallback):
-    """Rows in metrics.jsonl and TensorBoard scalars. A row depends on its step alone, `seconds` and `images_per_s`
-    excepted; rows after the step a run goes on from are cut off."""
+    """Writes a row of metrics.jsonl and TensorBoard scalars every `log_every` steps.
 
-    def __init__(self, start_step, *, workdir, batch_size, log_every, summaries):
+    A row depends on its step alone, except for `seconds` and `images_per_s`. When a run is resumed, the rows after
+    `start_step` are cut off.
+
+    Args:
+        summaries: Summaries.
+    """
+
+    def __init__(
+        self, start_step: int, *, workdir: str, batch_size: int, log_every: int, summaries: "Summaries"
+    ) -> None:
         super().__init__(start_step)
         self.path = os.path.join(workdir, "metrics.jsonl")
         self.batch_size, self.log_every, self.summaries = batch_size, log_every, summaries
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
         write_text(self.path, "".join(self._rows_so_far()))
         self.file = open(self.path, "a")
         self.last_step, self.last_time = self.start_step, time.monotonic()
 
-    def _rows_so_far(self):
+    def _rows_so_far(self) -> Iterator[str]:
+        """The lines of metrics.jsonl up to `start_step`."""
         if not os.path.exists(self.path):
             return
         with open(self.path, errors="replace") as f:
@@ -37,7 +48,7 @@ class Metrics(StepCallback):
                 except (ValueError, KeyError, TypeError):
                     logging.warning("%s: line %d is damaged and dropped: %r", self.path, number, line[:80])
 
-    def on_step(self, step, logs):
+    def on_step(self, step: int, logs: Mapping[str, float]) -> None:
         if not is_due(step, self.log_every):
             return
         now = time.monotonic()
@@ -50,22 +61,22 @@ class Metrics(StepCallback):
         }
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
-        os.fsync(self.file.fileno())  # no later than the checkpoint that follows
+        os.fsync(self.file.fileno())  # before the checkpoint of this step is written
         for name in logs:
             if math.isfinite(logs[name]):
                 self.summaries.scalar(name, logs[name], step)
         self.summaries.scalar("images_per_s", rate, step)
         self.last_step, self.last_time = step, now
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Mapping[str, float] | None = None) -> None:
         self.file.close()
         self.summaries.flush()
 
 
 class Summaries:
-    """TensorBoard events in a folder; where TensorBoard is not installed it says so once and writes nothing."""
+    """Writes TensorBoard events into a folder. If TensorBoard is not installed, it logs that once and writes nothing."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: str) -> None:
         try:
             import tensorboard  # noqa: F401
         except ImportError:
@@ -74,17 +85,17 @@ class Summaries:
         else:
             self._writer = tf.summary.create_file_writer(folder)
 
-    def scalar(self, name, value, step):
+    def scalar(self, name: str, value: float, step: int) -> None:
         if self._writer:
             with self._writer.as_default():
                 tf.summary.scalar(name, value, step=step)
 
-    def image(self, name, image, step):
-        """image: uint8 [H, W, C]."""
+    def image(self, name: str, image: np.ndarray, step: int) -> None:
+        """Write one image, uint8 [H, W, C]."""
         if self._writer:
             with self._writer.as_default():
                 tf.summary.image(name, image[None], step=step)
 
-    def flush(self):
+    def flush(self) -> None:
         if self._writer:
             self._writer.flush()

@@ -1,7 +1,8 @@
-"""A progress bar."""
+"""How far training is: a progress bar, or lines in the log."""
 
 import sys
 import time
+from collections.abc import Mapping
 
 from absl import logging
 from tqdm import tqdm
@@ -10,13 +11,13 @@ from ddpm_tf.callbacks.base import StepCallback, is_due
 
 
 class Progress(StepCallback):
-    """A bar with loss, images/s and time left; plain lines where there is no terminal."""
+    """Shows a bar with loss, images/s and time left. Without a terminal it logs lines instead."""
 
-    def __init__(self, start_step, *, num_steps, batch_size, log_every):
+    def __init__(self, start_step: int, *, num_steps: int, batch_size: int, log_every: int) -> None:
         super().__init__(start_step)
         self.num_steps, self.batch_size, self.log_every = num_steps, batch_size, log_every
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
         self.is_terminal = sys.stderr.isatty()
         self.bar = tqdm(
             total=self.num_steps * self.batch_size, initial=self.start_step * self.batch_size, unit=" images",
@@ -24,7 +25,7 @@ class Progress(StepCallback):
         )  # fmt: skip
         self.last_step, self.last_time = self.start_step, time.monotonic()
 
-    def on_step(self, step, logs):
+    def on_step(self, step: int, logs: Mapping[str, float]) -> None:
         self.bar.set_postfix(step=f"{step}/{self.num_steps}", loss=f"{logs['loss']:.4f}", refresh=False)
         self.bar.update(step * self.batch_size - self.bar.n)
         if not self.is_terminal and (is_due(step, self.log_every) or step >= self.num_steps):
@@ -37,5 +38,5 @@ class Progress(StepCallback):
             )  # fmt: skip
             self.last_step, self.last_time = step, now
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Mapping[str, float] | None = None) -> None:
         self.bar.close()

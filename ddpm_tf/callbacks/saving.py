@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -10,41 +12,60 @@ from ddpm_tf.storage import checkpoints
 
 
 class Checkpoints(StepCallback):
-    """A checkpoint every `every` steps, every `minutes` and at the end, written by a thread of its own while training goes on.
+    """Saves a checkpoint every `every` steps, after `minutes` without one, and at the end.
 
-    The tensors are copied between two steps; an error of the writing thread is raised after the step it is seen at.
+    The tensors are copied between two steps, and a thread writes them while training goes on. If writing fails, its error is
+    raised after the next step.
+
+    Args:
+        folder: the workdir's `ckpt`.
+        minutes: 0: none are saved by the clock.
+        keep, keep_every, meta: as in `checkpoints.save`.
     """
 
-    def __init__(self, start_step, *, folder, every, minutes, num_steps, keep, keep_every, meta):
+    def __init__(
+        self,
+        start_step: int,
+        *,
+        folder: str,
+        every: int,
+        minutes: float,
+        num_steps: int,
+        keep: int,
+        keep_every: int,
+        meta: Mapping[str, Any],
+    ) -> None:
         super().__init__(start_step)
         self.folder, self.every, self.minutes, self.num_steps = folder, every, minutes, num_steps
-        self.meta, self.keeping = meta, {"keep": keep, "keep_every": keep_every}
-        self._last_time = time.monotonic()
+        self.keep, self.keep_every, self.meta = keep, keep_every, meta
+        self._last_time, self._saved_step = time.monotonic(), start_step
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
-        self._pending, self._saved_step = None, start_step
+        self._pending: concurrent.futures.Future | None = None
 
-    def on_step(self, step, logs):
+    def on_step(self, step: int, logs: Mapping[str, float]) -> None:
         if self._pending is not None and self._pending.done():
             self.wait()
-        waited = time.monotonic() - self._last_time
-        if is_due(step, self.every) or step >= self.num_steps or (self.minutes and waited >= 60 * self.minutes):
+        passed = time.monotonic() - self._last_time
+        if is_due(step, self.every) or step >= self.num_steps or (self.minutes and passed >= 60 * self.minutes):
             self.save(step)
 
-    def save(self, step):
-        """Begin to write the checkpoint of `step`, unless that has been done; one at a time."""
+    def save(self, step: int) -> None:
+        """Begin to write the checkpoint of `step`, after the one that is being written; once per step."""
         if step == self._saved_step:
             return
         self.wait()
-        tensors = {name: np.array(v) for name, v in checkpoints.variables_by_name(self.model).items()}
+        tensors = {name: np.array(v) for name, v in self.model.state().items()}
         self._saved_step, self._last_time = step, time.monotonic()
-        meta = {**self.meta, "time": time.time()}
-        self._pending = self._writer.submit(checkpoints.save, self.folder, step, tensors, meta, **self.keeping)
+        self._pending = self._writer.submit(
+            checkpoints.save, self.folder, step, tensors, {**self.meta, "time": time.time()},
+            keep=self.keep, keep_every=self.keep_every,
+        )  # fmt: skip
 
-    def wait(self):
-        """Until nothing is being written; raises what the writing raised."""
+    def wait(self) -> None:
+        """Wait until nothing is being written; raises the error of writing, if there was one."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Mapping[str, float] | None = None) -> None:
         self.wait()

@@ -1,47 +1,63 @@
-"""SIGTERM and SIGINT: the step is finished, its state saved, and training ends."""
+"""SIGTERM and SIGINT: the step is finished, its state is saved, and training ends."""
 
 import os
 import select
 import signal
 import socket
 import threading
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any
 
 from ddpm_tf.callbacks.base import StepCallback
+from ddpm_tf.callbacks.saving import Checkpoints
+from ddpm_tf.cluster.cluster import Cluster
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopOnSignal(StepCallback):
-    """After a signal the step is finished, a checkpoint saved, and `fit` ends; `signal` says which came.
+    """After a signal, finishes the step, saves a checkpoint and ends `fit`. `signal` is the signal's number, or None.
 
-    A second signal leaves at once, as does the end of the grace period; a checkpoint that is being written then is left
-    half-written, which is harmless: the one before it is the newest that verifies.
+    The process exits at once, without saving, after a second signal or at the end of the grace period. A checkpoint that is
+    being written then stays half-written. That is harmless: the one before it is the newest that verifies.
 
-    Several workers stop at one step: the wish goes round with the step's gradients, and the chief alone saves.
+    Several workers stop after the same step: each adds its wish to stop to what the step all-reduces. Only the chief saves.
 
     Args:
-        checkpoints: Checkpoints, of the chief; None on the others.
+        checkpoints: Checkpoints on the chief, None on the other workers.
+        grace_period_s: how many seconds after a signal the step may take.
         cluster: Cluster; None: one process.
     """
 
-    def __init__(self, start_step, *, checkpoints, grace_period_s, cluster=None):
+    def __init__(
+        self,
+        start_step: int,
+        *,
+        checkpoints: Checkpoints | None,
+        grace_period_s: float,
+        cluster: Cluster | None = None,
+    ) -> None:
         super().__init__(start_step)
-        self.checkpoints, self.grace_period_s, self.signal = checkpoints, grace_period_s, None
+        self.checkpoints, self.grace_period_s = checkpoints, grace_period_s
+        self.signal: int | None = None
         self.is_alone = cluster is None or cluster.size == 1
-        self._previous = {}
+        self._previous: dict[int, Any] = {}  # the handlers that were installed before
 
-    def on_train_begin(self, logs=None):
-        # Python's handlers wait until the main thread's C++ call returns; the byte in this socket does not.
+    def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
+        # Python runs a handler only after the main thread's C++ call has returned. The thread is woken at once, by a byte
+        # that Python's C handler writes into this socket.
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._previous = {s: signal.signal(s, self._on_signal) for s in _SIGNALS}
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def _on_signal(self, number, frame):
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
 
-    def _watch(self):
+    def _watch(self) -> None:
+        """End the process after a second signal, or when the grace period after the first one is over."""
         first = self._next_signal(None)
         if first is None:
             return
@@ -49,14 +65,14 @@ class StopOnSignal(StepCallback):
         if second == 0:
             text = (
                 f"{signal.Signals(first).name}: the step did not end within --grace_period_s={self.grace_period_s:g}; left "
-                "without saving. The last checkpoint is kept, and the same command goes on from it.\n"
+                "without saving. The last checkpoint is kept, and the same command resumes from it.\n"
             )
             os.write(2, text.encode())
         if second is not None:
             os._exit(128 + (second or first))
 
-    def _next_signal(self, timeout):
-        """The number of the next signal; 0 when the time is over, None when training has ended."""
+    def _next_signal(self, timeout: float | None) -> int | None:
+        """Wait for the next signal: its number, 0 after `timeout` seconds without one, None when training has ended."""
         while select.select([self._reader], [], [], timeout)[0]:
             byte = self._reader.recv(1)
             if not byte:
@@ -65,27 +81,27 @@ class StopOnSignal(StepCallback):
                 return byte[0]
         return 0
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch: int, logs: Mapping[str, float] | None = None) -> None:
         if self.signal is not None and not self.is_alone:
             self.model.stop_wish.assign(1)
 
-    def on_step(self, step, logs):
+    def on_step(self, step: int, logs: Mapping[str, float]) -> None:
         if self.signal is not None if self.is_alone else self.model.stop_votes.numpy():
             self.stop(step)
 
-    def stop(self, step):
-        """End `fit` after this step, and save its state; every worker comes here at the same step."""
+    def stop(self, step: int) -> None:
+        """End `fit` after this step, and save its state. All workers must call this after the same step."""
         if self.signal is None:
-            self.signal = signal.SIGTERM  # of another worker
+            self.signal = signal.SIGTERM  # another worker got a signal
         if self.checkpoints:
             self.checkpoints.save(step)
         self.model.stop_training = True
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Mapping[str, float] | None = None) -> None:
         self.release()
 
-    def release(self):
-        """Give the signals back to whom they belonged; also after an error that ended `fit`."""
+    def release(self) -> None:
+        """Install the previous signal handlers again. Call it also after an error that ended `fit`."""
         if self._previous:
             for number, handler in self._previous.items():
                 signal.signal(number, handler)

@@ -1,1 +1,1 @@
-"""Several processes that train together: how they find each other, agree, and end."""
+"""Several processes that train together: how they find each other, compare themselves, and end."""

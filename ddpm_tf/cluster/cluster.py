@@ -1,60 +1,68 @@
-"""What the workers of a run do together, beside the training step."""
+"""The workers of a run: values they exchange outside of the training step, and errors that end all of them."""
 
 import contextlib
 import json
 import re
+import textwrap
 import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from ddpm_tf.cluster.tf_config import Workers
 from ddpm_tf.errors import InputError, PeerLostError, RunError, StorageError, storage_advice
+from ddpm_tf.text import table
 
-_PARTING_S = 2.0  # the last answers have been sent by then
-_GROUP_KEY = 1_000_000  # of collectives on the hosts; tf.distribute counts its own up from 1
+_PARTING_S = 2.0  # the last answers to the other workers have been sent by then
+_GROUP_KEY = 1_000_000  # of our collectives, which run on the hosts; tf.distribute numbers its own from 1
 
 
 class Cluster:
-    """What the workers of a run do together, beside the training step; one process is a cluster of one.
+    """The workers of a run; one process is a cluster of one.
 
-    Every method but the properties must be called by all workers, in the same order, from one thread. The values travel
-    between hosts, also where the devices are GPUs.
+    All workers must call the same methods in the same order, from one thread; `size` and `is_chief` are exempt. Values
+    travel between hosts, even if the devices are GPUs.
 
     Args:
         workers: Workers, or None for one process.
     """
 
-    def __init__(self, workers=None):
-        self.addresses, self.index = workers or (("this process",), 0)
-        self._calls = 0
+    def __init__(self, workers: Workers | None = None) -> None:
+        self.addresses: tuple[str, ...] = workers.addresses if workers else ("this process",)
+        self.index = workers.index if workers else 0
+        self._num_collectives = 0
 
     @property
-    def size(self):
+    def size(self) -> int:
         return len(self.addresses)
 
     @property
-    def is_chief(self):
+    def is_chief(self) -> bool:
         return self.index == 0
 
-    def all_reduce(self, values):
+    def all_reduce(self, values: Any) -> np.ndarray:
         """The sum over the workers of an array of numbers, on every worker."""
         values = np.asarray(values)
         if self.size == 1:
             return values
-        self._calls += 1
+        self._num_collectives += 1
         with tf.device("/CPU:0"):
             total = tf.raw_ops.CollectiveReduceV2(
-                input=values.reshape(-1), group_size=self.size, group_key=_GROUP_KEY, instance_key=self._calls,
-                ordering_token=[], merge_op="Add", final_op="Id", communication_hint="ring",
+                input=values.reshape(-1), group_size=self.size, group_key=_GROUP_KEY,
+                instance_key=self._num_collectives, ordering_token=[], merge_op="Add", final_op="Id",
+                communication_hint="ring",
             )  # fmt: skip
         return total.numpy().reshape(values.shape)
 
-    def from_chief(self, value):
-        """The chief's number."""
+    def from_chief(self, value: int) -> int:
+        """The chief's `value`, on every worker; the values of the others are ignored."""
         return self.all_reduce(np.int64(value if self.is_chief else 0)).item()
 
-    def broadcast(self, variables):
+    def broadcast(self, variables: Iterable[tf.Variable | keras.Variable]) -> None:
         """Give the variables of every worker the chief's values."""
         for variable in variables:
             value = variable.numpy()
@@ -62,8 +70,8 @@ class Cluster:
             if not self.is_chief:
                 variable.assign(total)
 
-    def gather(self, value):
-        """[value of worker 0, ...], of what JSON can hold."""
+    def gather(self, value: Any) -> list[Any]:
+        """[value of worker 0, ...] on every worker; the values are of types that JSON can hold."""
         if self.size == 1:
             return [value]
         data = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -75,61 +83,66 @@ class Cluster:
         rows = self.all_reduce(rows).astype(np.uint8)
         return [json.loads(row[:n].tobytes()) for row, n in zip(rows, lengths, strict=True)]
 
-    def barrier(self):
+    def barrier(self) -> None:
+        """Wait until all workers have come here."""
         self.all_reduce(np.int64(0))
 
-    def agree(self, facts):
+    def agree(self, facts: Mapping[str, Any]) -> None:
         """Refuse workers that differ.
 
         Args:
-            facts: {name: what JSON can hold}.
+            facts: {name: value}, which must be the same on every worker; values of types that JSON can hold.
 
         Raises:
-            InputError: on every worker, with a table of what differs.
+            InputError: on every worker, with a table of the facts that differ.
         """
-        everyone = self.gather(facts)
-        names = sorted({name for found in everyone for name in found})
-        rows = [(n, *(json.dumps(found.get(n)) for found in everyone)) for n in names]
+        of_workers = self.gather(facts)
+        names = sorted({name for each in of_workers for name in each})
+        rows = [(name, *(json.dumps(each.get(name)) for each in of_workers)) for name in names]
         rows = [row for row in rows if len(set(row[1:])) > 1]
         if rows:
-            table = [("", *(f"{k} {a}" for k, a in enumerate(self.addresses))), *rows]
-            widths = [max(len(row[k]) for row in table) for k in range(len(table[0]))]
-            lines = ("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in table)
+            differences = table(rows, header=("", *(f"{k} {address}" for k, address in enumerate(self.addresses))))
             raise InputError(
-                "The workers are not the same; they must have one config, one version of the program and one data set:\n  "
-                + "\n  ".join(lines)
+                "The workers are not the same. All must have the same config, the same version of the program and the same "
+                f"data set; they differ in:\n{textwrap.indent(differences, '  ')}"
             )
 
     @contextlib.contextmanager
-    def together(self):
-        """Round what one worker may fail at alone, without collectives in it: then all end, with its exit code.
+    def together(self) -> Iterator[None]:
+        """Wrap work that may fail on one worker only.
+
+        If it fails anywhere, every worker stops with that worker's exit code. Do not call collectives inside.
 
         Raises:
-            RunError: where another worker failed, with its message.
+            RunError: another worker failed; the message is that worker's.
         """
         if self.size == 1:
             yield
             return
-        error = found = None
+        error = failure = None  # failure: [exit code, message]
         try:
             yield
         except Exception as e:
-            error, found = e, [getattr(e, "exit_code", 1), str(e)]
+            error, failure = e, [getattr(e, "exit_code", 1), str(e)]
             if isinstance(e, OSError):
-                found = [StorageError.exit_code, f"{e}. {storage_advice(e)}"]
-        everyone = self.gather(found)
+                failure = [StorageError.exit_code, f"{e}. {storage_advice(e)}"]
+        failures = self.gather(failure)
         if error:
             raise error
-        for k, found in enumerate(everyone):
-            if found:
-                peer = RunError(f"Worker {k} ({self.addresses[k]}): {found[1]}")
-                peer.exit_code = found[0]
-                raise peer
+        for k, failure in enumerate(failures):
+            if failure:
+                exit_code, message = failure
+                peer_error = RunError(f"Worker {k} ({self.addresses[k]}): {message}")
+                peer_error.exit_code = exit_code
+                raise peer_error
 
     @contextlib.contextmanager
-    def watched(self):
-        """Turn TensorFlow's errors about a worker that is gone into PeerLostError; any other end waits a little, for whoever
-        left at once could take with it what another still asks it for."""
+    def watched(self) -> Iterator[None]:
+        """Raise PeerLostError for TensorFlow's errors about a lost worker.
+
+        Any other end waits for two seconds: a process that exits at once would take answers with it that other workers
+        still wait for.
+        """
         is_lost = False
         try:
             yield
@@ -143,14 +156,14 @@ class Cluster:
             is_lost = True
             raise PeerLostError(
                 f"Worker {self.index} has lost {names}: it was killed, does not answer, or ended by an error of its own; see "
-                "its log. Start all workers again by the same command: training goes on from the last checkpoint."
+                "its log. Start all workers again by the same command: training resumes from the last checkpoint."
             ) from e
         finally:
             if self.size > 1 and not is_lost:
                 time.sleep(_PARTING_S)
 
 
-def _is_peer_lost(error):
+def _is_peer_lost(error: tf.errors.OpError) -> bool:
     kinds = (
         tf.errors.UnavailableError,
         tf.errors.AbortedError,

@@ -1,1 +1,1 @@
-"""Weights from and to other programs' files, read as data only."""
+"""Weights from and to the files of other programs. Reading a file never runs code from it."""

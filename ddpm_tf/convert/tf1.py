@@ -1,93 +1,136 @@
-"""Checkpoints of the original TensorFlow 1 release: names, moments, and moving average."""
+"""Checkpoints of the original TensorFlow 1 release (hojonathanho/diffusion): weights, moving average, Adam moments, step."""
 
 import os
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
 
+import keras
 import numpy as np
 
 from ddpm_tf.errors import InputError
 from ddpm_tf.storage.bundles import assign, check_names, read_bundle, write_bundle
 
+_Value = TypeVar("_Value")
+
+# {last part of a variable path: the release's name of it}.
 _LEAVES = {"kernel": "W", "bias": "b", "gamma": "gamma", "beta": "beta"}
+# What the release appends to a weight's name for its moving average and its two Adam moments.
 _EMA, _M, _V = "/ExponentialMovingAverage", "/Adam", "/Adam_1"
 _SCALARS = ("beta1_power", "beta2_power", "global_step")
+# Formats that can run code when they are loaded.
 _CODE = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".npy", ".h5", ".hdf5", ".keras")
 
 
 class TF1State(NamedTuple):
-    """What a release checkpoint holds: {TF1 name: float32 array} each; m, v and step are None where absent."""
+    """The content of a checkpoint of the release.
 
-    weights: dict
-    ema: dict
-    m: dict | None
-    v: dict | None
+    weights, ema: the weights and their moving average, {the release's name of a weight: float32 array}.
+    m, v: Adam's first and second moments, likewise; None in a checkpoint without moments.
+    step: completed training steps; None in a checkpoint without step.
+    """
+
+    weights: dict[str, np.ndarray]
+    ema: dict[str, np.ndarray]
+    m: dict[str, np.ndarray] | None
+    v: dict[str, np.ndarray] | None
     step: int | None
 
 
 class LoadReport(NamedTuple):
-    """What was assigned: variables and parameters in numbers, and the checkpoint's step (None if it holds none)."""
+    """How many variables and parameters were assigned, and the checkpoint's step (None if it holds none)."""
 
     num_variables: int
     num_parameters: int
     step: int | None
 
 
-def tf1_name(path):
-    """The release's name of a variable path: model/down_0.block_0/conv1/kernel -> model/down_0/block_0/conv1/W."""
+def tf1_name(path: str) -> str:
+    """The release's name of a variable: model/down_0/block_0/conv1/W for the path model/down_0.block_0/conv1/kernel."""
     scope, _, leaf = path.replace(".", "/").rpartition("/")
     if leaf not in _LEAVES:
         raise InputError(f"The weight {path} has no counterpart in the TensorFlow 1 release.")
     return f"{scope}/{_LEAVES[leaf]}"
 
 
-def read_tf1_checkpoint(path, *, shapes=None, beta_1=0.9, beta_2=0.999):
-    """Read a checkpoint of the release (`PATH/model.ckpt-790000`).
+def read_tf1_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    beta_1: float = 0.9,
+    beta_2: float = 0.999,
+) -> TF1State:
+    """Read a checkpoint of the release.
 
     Args:
-        path: the path without `.index`.
-        shapes: {TF1 name: shape} of the network; checked before any tensor is read. None: as the file says.
-        beta_1, beta_2: Adam's, which the file's beta powers have to agree with.
-
-    Returns:
-        TF1State.
+        path: the path without `.index`, e.g. FOLDER/model.ckpt-790000.
+        shapes: {the release's name: shape} of the network's weights, checked before any tensor is read. None: any.
+        beta_1, beta_2: Adam's settings. The file holds powers of them, which must agree with its step.
 
     Raises:
-        InputError: no checkpoint, one that is damaged, or one whose parts do not belong together: a moving average or
-            moments for some variables only, other shapes, a beta power that contradicts the step.
+        InputError: there is no checkpoint, it is damaged, its weights are not those of `shapes`, or its parts do not belong
+            together: a moving average or moments of some weights only, or a beta power that contradicts the step.
     """
     path = os.fspath(path)
     if path.lower().endswith(_CODE):
         raise InputError(
-            f"{path} is a format that can run code when it is loaded; it is not read. Give the prefix of a TensorFlow "
-            "checkpoint (PATH/model.ckpt-790000, beside .index and .data files)."
+            f"{path} is not read, because its format can run code when it is loaded. Expected a TensorFlow checkpoint, as the "
+            "path of its .index and .data files without these suffixes: FOLDER/model.ckpt-790000."
         )
     if path.endswith(".index"):
         path = path.removesuffix(".index")
-    arrays = read_bundle(path, check=lambda found: _check_layout(found, shapes, path))
-    bad = [name for name, array in arrays.items() if name != "global_step" and array.dtype != np.float32]
-    if bad:
-        raise InputError(f"{path}: {bad[0]} is {arrays[bad[0]].dtype}, expected float32.")
-    bad = [name for name, array in arrays.items() if name != "global_step" and not np.isfinite(array).all()]
-    if bad:
-        raise InputError(f"{path}: {bad[0]} has values that are not finite.")
+    arrays = read_bundle(path, check=lambda stored: _check_layout(stored, shapes, path))
+    _check_values(arrays, path)
     groups = _by_suffix(arrays)
-    step = arrays.get("global_step")
-    if step is not None:
-        if step.dtype.kind not in "iu" or step < 0:
-            raise InputError(f"{path}: global_step is {step} ({step.dtype}), expected an integer of at least 0.")
-        step = int(step)
+    step = int(arrays["global_step"]) if "global_step" in arrays else None
     for name, beta in (("beta1_power", beta_1), ("beta2_power", beta_2)):
-        # A product of step + 1 float32 numbers; a contradiction means that file and step do not belong together.
+        # The release multiplies step + 1 float32 numbers, hence the wide tolerance.
         if step is not None and name in arrays and abs(arrays[name] - beta ** (step + 1)) > 1e-2:
             raise InputError(
-                f"{path}: {name} is {arrays[name]:.3g}, but step {step} makes it {beta ** (step + 1):.3g}."
+                f"{path}: {name} is {arrays[name]:.3g}, but step {step} makes it {beta ** (step + 1):.3g}. The file's parts "
+                "do not belong together, or Adam's beta is another."
             )
     return TF1State(groups[""], groups[_EMA], groups[_M] or None, groups[_V] or None, step)
 
 
-def _by_suffix(named):
-    """{suffix: {variable name: value}} of everything but the scalars."""
-    groups = {"": {}, _EMA: {}, _M: {}, _V: {}}
+def _check_layout(
+    stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]] | None, path: str
+) -> None:
+    """Refuse names or shapes that do not fit each other or the network.
+
+    Args:
+        stored: {name: shape} in the file. Adam's moments must be there for all weights or for none.
+        expected: {name: shape} of the network's weights. None: those of the file.
+    """
+    groups = _by_suffix(stored)
+    expected = groups[""] if expected is None else expected
+    for suffix, group in groups.items():
+        if group or suffix in ("", _EMA):
+            needed = {name + suffix: shape for name, shape in expected.items()}
+            check_names(needed, {name + suffix: shape for name, shape in group.items()}, f"The checkpoint {path}")
+    if bool(groups[_M]) != bool(groups[_V]):
+        raise InputError(f"{path} has only one of Adam's two moments (/Adam and /Adam_1).")
+    for name in _SCALARS:
+        if stored.get(name, ()) != ():
+            raise InputError(f"{path}: {name} has shape {list(stored[name])}, expected a scalar.")
+
+
+def _check_values(arrays: Mapping[str, np.ndarray], path: str) -> None:
+    """Refuse types that the release does not write, and values that are not finite."""
+    floats = {name: array for name, array in arrays.items() if name != "global_step"}
+    for name, array in floats.items():
+        if array.dtype != np.float32:
+            raise InputError(f"{path}: {name} is {array.dtype}, expected float32.")
+    for name, array in floats.items():
+        if not np.isfinite(array).all():
+            raise InputError(f"{path}: {name} has values that are not finite.")
+    step = arrays.get("global_step")
+    if step is not None and (step.dtype.kind not in "iu" or step < 0):
+        raise InputError(f"{path}: global_step is {step} ({step.dtype}), expected an integer of at least 0.")
+
+
+def _by_suffix(named: Mapping[str, _Value]) -> dict[str, dict[str, _Value]]:
+    """{suffix: {the weight's name: value}} of everything but the scalars; the suffix of a weight itself is ""."""
+    groups: dict[str, dict[str, _Value]] = {"": {}, _EMA: {}, _M: {}, _V: {}}
     for name, value in named.items():
         if name not in _SCALARS:
             suffix = next((s for s in (_EMA, _V, _M) if name.endswith(s)), "")
@@ -95,35 +138,16 @@ def _by_suffix(named):
     return groups
 
 
-def _check_layout(found, expected, path):
-    """found: {name: shape} of the file; expected: of the network, or None. Moments are for all variables or for none."""
-    groups = _by_suffix(found)
-    expected = groups[""] if expected is None else expected
-    for suffix, group in groups.items():
-        if group or suffix in ("", _EMA):
-            wanted = {name + suffix: shape for name, shape in expected.items()}
-            check_names(wanted, {name + suffix: shape for name, shape in group.items()}, f"The checkpoint {path}")
-    if bool(groups[_M]) != bool(groups[_V]):
-        raise InputError(f"{path} has only one of Adam's two moments (/Adam and /Adam_1).")
-    for name in _SCALARS:
-        if found.get(name, ()) != ():
-            raise InputError(f"{path}: {name} has shape {list(found[name])}, expected a scalar.")
-
-
-def load_tf1_checkpoint(path, network, *, ema=True):
-    """Assign every weight of `network` from a release checkpoint; moments and step are not used.
+def load_tf1_checkpoint(path: str | os.PathLike[str], network: keras.Model, *, ema: bool = True) -> LoadReport:
+    """Assign every weight of `network` from a checkpoint of the release. Moments and step are not used.
 
     Args:
         path: the path without `.index`.
         network: a UNet of the checkpoint's architecture.
-        ema: the moving average of the weights, else the weights themselves.
-
-    Returns:
-        LoadReport.
+        ema: use the moving average of the weights, else the weights themselves.
 
     Raises:
-        InputError: as `read_tf1_checkpoint`, or names or shapes that are not those of `network`; then nothing has been
-            assigned.
+        InputError: as `read_tf1_checkpoint`, or weights that are not those of `network`. Nothing is assigned then.
     """
     variables = {tf1_name(v.path): v for v in network.variables}
     state = read_tf1_checkpoint(path, shapes={name: tuple(v.shape) for name, v in variables.items()})
@@ -131,22 +155,25 @@ def load_tf1_checkpoint(path, network, *, ema=True):
     return LoadReport(len(variables), sum(a.size for a in state.weights.values()), state.step)
 
 
-def save_tf1_checkpoint(path, state, *, beta_1=0.9, beta_2=0.999):
-    """Write a checkpoint under the release's names, readable by its `tf.train.Saver`.
+def save_tf1_checkpoint(
+    path: str | os.PathLike[str], state: TF1State, *, beta_1: float = 0.9, beta_2: float = 0.999
+) -> None:
+    """Write a checkpoint under the release's names, which the release's `tf.train.Saver` can read.
 
     Args:
-        path: the path without `.index`; existing files are not written over.
-        state: TF1State; with m and v also the beta powers are written, as they stand after `step` steps.
+        path: the path without `.index`.
+        state: the content. With m and v, a step is needed too.
+        beta_1, beta_2: Adam's settings. With m and v, their powers after `step` steps are written.
 
     Raises:
-        InputError: a checkpoint is there already.
+        InputError: there is a checkpoint at `path` already.
     """
     path = os.fspath(path)
     if os.path.exists(path + ".index"):
-        raise InputError(f"{path}.index exists; nothing is written over. Choose another path.")
-    arrays = dict(state.weights)
+        raise InputError(f"{path}.index exists, and nothing is written over it. Choose another path.")
+    arrays: dict[str, Any] = dict(state.weights)
     arrays |= {name + _EMA: array for name, array in state.ema.items()}
-    if state.m is not None:
+    if state.m is not None and state.v is not None and state.step is not None:
         arrays |= {name + _M: array for name, array in state.m.items()}
         arrays |= {name + _V: array for name, array in state.v.items()}
         for name, beta in (("beta1_power", beta_1), ("beta2_power", beta_2)):
@@ -156,16 +183,18 @@ def save_tf1_checkpoint(path, state, *, beta_1=0.9, beta_2=0.999):
     write_bundle(path, arrays)
 
 
-# The release's words for our fields: mean, variance and loss of its kwargs.json.
+# {the release's word in kwargs.json: ours}.
 _PREDICTION = {"eps": "eps", "xstart": "x_0", "xprev": "x_prev"}
 _VARIANCE = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small", "learned": "learned"}
 _LOSS = {"mse": "simple", "kl": "vlb", "noisepred": "simple"}
+# {model_name of kwargs.json: config fields}.
 _NETWORKS = {
     "unet2d16b2": {"network.ch": 128, "network.ch_mult": (1, 2, 2, 2), "network.num_res_blocks": 2,
                    "network.attn_resolutions": (16,)},
     "unet2d16b2c112244": {"network.ch": 128, "network.ch_mult": (1, 1, 2, 2, 4, 4), "network.num_res_blocks": 2,
                           "network.attn_resolutions": (16,)},
 }  # fmt: skip
+# {key of kwargs.json: config field with the same values}.
 _PLAIN = {
     "total_bs": "data.batch_size",
     "grad_clip": "train.grad_clip",
@@ -181,11 +210,11 @@ _PLAIN = {
 }
 
 
-def fields_of_kwargs(kwargs):
-    """The config fields that the release's kwargs.json settles: {dotted path: value}.
+def fields_of_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The config fields that a kwargs.json of the release determines, {dotted path: value}.
 
     Args:
-        kwargs: the parsed file, as its training scripts wrote it.
+        kwargs: the parsed file. The release's training scripts write their arguments to it.
 
     Raises:
         InputError: a model name, mean, variance or loss that the release does not have.
@@ -200,14 +229,14 @@ def fields_of_kwargs(kwargs):
     ):
         if theirs in kwargs:
             if kwargs[theirs] not in table:
-                raise InputError(f"kwargs.json has {theirs}={kwargs[theirs]!r}; the release knows {sorted(table)}.")
+                raise InputError(f"kwargs.json has {theirs}={kwargs[theirs]!r}; the release has {sorted(table)}.")
             fields[ours] = table[kwargs[theirs]]
     if kwargs.get("loss_type") == "noisepred":
         fields["diffusion.prediction"] = "eps"
     if "model_name" in kwargs:
         if kwargs["model_name"] not in _NETWORKS:
             raise InputError(
-                f"kwargs.json has model_name={kwargs['model_name']!r}; the release knows {sorted(_NETWORKS)}."
+                f"kwargs.json has model_name={kwargs['model_name']!r}; the release has {sorted(_NETWORKS)}."
             )
         fields |= _NETWORKS[kwargs["model_name"]]
     return fields

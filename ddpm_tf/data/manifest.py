@@ -1,18 +1,29 @@
-"""What a data set consists of, so that a run notices when it is to go on with another one."""
+"""What a data set consists of: so that a run notices when it is started again with another data set."""
 
 import hashlib
 import itertools
-import os
+from typing import TypedDict
+
+from ddpm_tf.data.arrays import ArraySource
+from ddpm_tf.data.contract import Source
 
 
-def manifest(source):
-    """What identifies a source's examples and their order, as JSON can hold it.
+class Manifest(TypedDict):
+    """What identifies a source's examples and their order; plain JSON.
 
-    Returns:
-        {"num_examples": int, "files": [[name, bytes], ...] in the order the examples are numbered,
-        "sha256": {"image": digest, ...} of data that are held in memory, else {}}.
+    num_examples: how many there are.
+    files: [name, bytes] of each file, in the order in which the examples are numbered.
+    sha256: {"image": digest, ("label": digest)} of data that are held in memory, else {}.
     """
-    tensors = getattr(source, "tensors", {})
+
+    num_examples: int
+    files: list[list]
+    sha256: dict[str, str]
+
+
+def manifest(source: Source) -> Manifest:
+    """The manifest of a source. Reads data that are held in memory, and no file."""
+    tensors = source.tensors if isinstance(source, ArraySource) else {}
     return {
         "num_examples": source.num_examples,
         "files": [list(entry) for entry in source.files],
@@ -22,14 +33,14 @@ def manifest(source):
     }
 
 
-def digest(found):
+def digest(data: Manifest) -> str:
     """One SHA-256 for a manifest; it does not depend on whether the data are held in memory."""
-    text = repr((found["num_examples"], found["files"] or found["sha256"]))
+    text = repr((data["num_examples"], data["files"] or data["sha256"]))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def difference(old, new):
-    """How two manifests differ, as a phrase that begins with the counts, or None where they do not."""
+def difference(old: Manifest, new: Manifest) -> str | None:
+    """How two manifests differ, as a phrase that begins with both counts. None: they do not."""
     counts = f"{old['num_examples']:,} images then, {new['num_examples']:,} now"
     for k, (a, b) in enumerate(itertools.zip_longest(old["files"], new["files"])):
         if a != b:
@@ -39,8 +50,3 @@ def difference(old, new):
     if changed:
         return f"{counts}; the contents of {' and '.join(changed)} changed"
     return counts if old["num_examples"] != new["num_examples"] else None
-
-
-def file_entries(paths, root):
-    """[(name relative to root, bytes)] of files, in the order given."""
-    return [(os.path.relpath(path, root), os.path.getsize(path)) for path in paths]

@@ -3,18 +3,22 @@
 import tensorflow as tf
 
 from ddpm_tf import rng
+from ddpm_tf.data.contract import Source
 from ddpm_tf.errors import InputError
 from ddpm_tf.images import from_uint8
 
 
-def batch_indices(step, *, num_examples, batch_size, seed):
-    """The examples of one global batch: position = step * batch_size + j; one permutation per (seed, epoch).
+def batch_indices(step: tf.Tensor, *, num_examples: int, batch_size: int, seed: int) -> tf.Tensor:
+    """The numbers of the examples of one global batch.
 
-    Original: repeat, then shuffle(50000), which mixes epochs; here every epoch is a permutation, so that any
-    step can be computed without the steps before it.
+    Image j has the position p = step * batch_size + j. It is the image at place p % num_examples of the order of epoch
+    p // num_examples. An epoch's order is a permutation of all numbers, drawn from (seed, epoch).
+
+    Original: repeat, then shuffle(50000), which mixes epochs; here every epoch is a permutation, because then any step can
+    be computed without the steps before it.
 
     Args:
-        step: int64 scalar tensor.
+        step: int scalar.
 
     Returns:
         int64 [batch_size].
@@ -22,37 +26,45 @@ def batch_indices(step, *, num_examples, batch_size, seed):
     positions = tf.cast(step, tf.int64) * batch_size + tf.range(batch_size, dtype=tf.int64)
     epoch, index = positions // num_examples, positions % num_examples
     seeds = tf.stack([tf.fill([batch_size], tf.constant(seed, tf.int64)), epoch, tf.zeros_like(epoch)], axis=1)
-    # The op behind tf.random.experimental.index_shuffle, which takes one seed per call only.
+    # The op behind tf.random.experimental.index_shuffle, which takes one seed per call; a batch may span two epochs.
     return tf.raw_ops.RandomIndexShuffle(index=index, seed=seeds, max_index=num_examples - 1)
 
 
-def make_dataset(source, *, batch_size, seed, start_step=0, random_flip=False, replicas=(0, 1, 1)):
-    """An endless tf.data.Dataset of global batches, beginning with the batch of `start_step`.
+def make_dataset(
+    source: Source,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    random_flip: bool = False,
+    replicas: tuple[int, int, int] = (0, 1, 1),
+) -> tf.data.Dataset:
+    """An endless dataset of batches, beginning with the batch of `start_step`.
 
     Args:
-        source: a data source, see `sources`.
-        batch_size: global batch size.
-        seed: int.
+        source: where the images come from.
+        batch_size: global batch size, of all replicas together.
+        seed: of the order and of the flips.
         start_step: the first training step.
-        random_flip: mirror each image with probability 1/2, drawn from (seed, step, position).
-        replicas: (first, count, of): the batches of the replicas first, ..., first + count - 1 of `of`, one after the other,
-            each B / of images, contiguous in the global batch.
+        random_flip: mirror each image with probability 1/2, drawn from (seed, step, position in the batch).
+        replicas: (first, count, total). The global batch is cut into `total` equal parts, one per replica. The dataset
+            gives the parts first, ..., first + count - 1 of each step, one after the other. (0, 1, 1): whole batches.
 
     Returns:
-        batches {"image": float32 [B, H, W, C] in [-1, 1], ("label": int32 [B])}.
+        elements {"image": float32 [B / total, H, W, C] in [-1, 1], ("label": int32 [B / total])}.
 
     Raises:
         InputError: a batch larger than the data set.
     """
     if batch_size > source.num_examples:
         raise InputError(
-            f"data.batch_size={batch_size} is larger than the data set, which has {source.num_examples} images."
+            f"batch_size={batch_size} is larger than the data set, which has {source.num_examples} images."
         )
 
-    first, count, of = replicas
-    size = batch_size // of
+    first, count, total = replicas
+    size = batch_size // total
 
-    def load(k):
+    def load(k: tf.Tensor) -> dict[str, tf.Tensor]:
         step, begin = start_step + k // count, (first + tf.cast(k % count, tf.int32)) * size
         indices = batch_indices(step, num_examples=source.num_examples, batch_size=batch_size, seed=seed)
         batch = source.read(indices[begin : begin + size])

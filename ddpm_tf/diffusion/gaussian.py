@@ -2,10 +2,11 @@
 
 import math
 
+import numpy as np
 import tensorflow as tf
 
 
-def extract(table, t, ndim):
+def extract(table: np.ndarray, t: tf.Tensor, ndim: int) -> tf.Tensor:
     """The entries of a table at timesteps t, shaped to broadcast against a batch of `ndim` dimensions.
 
     Args:
@@ -21,12 +22,14 @@ def extract(table, t, ndim):
     return tf.reshape(values, [-1] + [1] * (ndim - 1))
 
 
-def mean_flat(x):
+def mean_flat(x: tf.Tensor) -> tf.Tensor:
     """Mean over every dimension but the first: [B, ...] -> [B]."""
     return tf.reduce_mean(x, axis=list(range(1, len(x.shape))))
 
 
-def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):
+def normal_kl(
+    mean_1: tf.Tensor, log_variance_1: tf.Tensor, mean_2: tf.Tensor | float, log_variance_2: tf.Tensor | float
+) -> tf.Tensor:
     """KL(N(mean_1, exp(log_variance_1)) || N(mean_2, exp(log_variance_2))), elementwise, nats."""
     return 0.5 * (
         -1.0
@@ -37,12 +40,12 @@ def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):
     )
 
 
-def approx_standard_normal_cdf(x):
+def approx_standard_normal_cdf(x: tf.Tensor) -> tf.Tensor:
     """Phi(x) by the tanh approximation of the release; wrong by at most 3e-4."""
     return 0.5 * (1.0 + tf.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def discretized_gaussian_log_likelihood(x, *, mean, log_scale):
+def discretized_gaussian_log_likelihood(x: tf.Tensor, *, mean: tf.Tensor, log_scale: tf.Tensor) -> tf.Tensor:
     """log of the mass that N(mean, exp(log_scale)^2) gives to the 1/255-wide half-open bin around x (Eq. 13), nats.
 
     Args:
@@ -53,7 +56,7 @@ def discretized_gaussian_log_likelihood(x, *, mean, log_scale):
     cdf_above = approx_standard_normal_cdf(inverse * (centered + 1.0 / 255.0))
     cdf_below = approx_standard_normal_cdf(inverse * (centered - 1.0 / 255.0))
 
-    def safe_log(p):
+    def safe_log(p: tf.Tensor) -> tf.Tensor:
         return tf.math.log(tf.maximum(p, 1e-12))
 
     return tf.where(

@@ -7,19 +7,23 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
+from ddpm_tf.choices import Choice, choose
 from ddpm_tf.diffusion.gaussian import discretized_gaussian_log_likelihood, extract, mean_flat, normal_kl
 from ddpm_tf.diffusion.prediction import PREDICTIONS
+from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.errors import InputError, unknown_name
 
 _NATS_PER_BIT = math.log(2.0)
+LossFunction = Callable[..., tf.Tensor]
 
 
-def simple(diffusion, output, *, x_0, x_t, t, eps):
+def simple(
+    diffusion: GaussianDiffusion, output: tf.Tensor, *, x_0: tf.Tensor, x_t: tf.Tensor, t: tf.Tensor, eps: tf.Tensor
+) -> tf.Tensor:
     """L_simple: the squared error against the prediction's target, averaged over pixels (Eq. 14 for eps).
 
     Args:
-        diffusion: GaussianDiffusion.
-        output: the network's output at (x_t, t), float32 [B, H, W, C] (or 2C, of which the first C count).
+        output: the network's output at (x_t, t), float32 [B, H, W, C]; of 2C channels the first C count.
         x_0, x_t, eps: float32 [B, H, W, C]; t: int32 [B].
 
     Returns:
@@ -30,7 +34,9 @@ def simple(diffusion, output, *, x_0, x_t, t, eps):
     return mean_flat((predicted - target) ** 2)
 
 
-def vb_terms_bpd(diffusion, output, *, x_0, x_t, t, clip):
+def vb_terms_bpd(
+    diffusion: GaussianDiffusion, output: tf.Tensor, *, x_0: tf.Tensor, x_t: tf.Tensor, t: tf.Tensor, clip: bool
+) -> tf.Tensor:
     """One term of the bound (Eq. 5): KL(q(x_{t-1} | x_t, x_0) || p) for t > 0, -log p(x_0 | x_1) at t = 0.
 
     Args:
@@ -47,7 +53,7 @@ def vb_terms_bpd(diffusion, output, *, x_0, x_t, t, clip):
     return tf.where(tf.equal(t, 0), nll, kl) / _NATS_PER_BIT
 
 
-def prior_bpd(diffusion, x_0):
+def prior_bpd(diffusion: GaussianDiffusion, x_0: tf.Tensor) -> tf.Tensor:
     """KL(q(x_T | x_0) || N(0, I)), the first term of the bound (Eq. 5): float32 [B], bits/dim."""
     T = diffusion.num_timesteps
     t = tf.fill([tf.shape(x_0)[0]], T - 1)
@@ -57,12 +63,16 @@ def prior_bpd(diffusion, x_0):
     return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / _NATS_PER_BIT
 
 
-def vlb(diffusion, output, *, x_0, x_t, t, eps):
+def vlb(
+    diffusion: GaussianDiffusion, output: tf.Tensor, *, x_0: tf.Tensor, x_t: tf.Tensor, t: tf.Tensor, eps: tf.Tensor
+) -> tf.Tensor:
     """The release's "kl" loss: the bound's term at t, bits/dim, x_0 not clipped, not multiplied by T; [B]."""
     return vb_terms_bpd(diffusion, output, x_0=x_0, x_t=x_t, t=t, clip=False)
 
 
-def hybrid(diffusion, output, *, x_0, x_t, t, eps):
+def hybrid(
+    diffusion: GaussianDiffusion, output: tf.Tensor, *, x_0: tf.Tensor, x_t: tf.Tensor, t: tf.Tensor, eps: tf.Tensor
+) -> tf.Tensor:
     """simple + 0.001 T vlb, the bound's mean detached (improved DDPM Eq. 16): [B].
 
     The bound trains the variance alone; the squared error trains the mean.
@@ -75,11 +85,16 @@ def hybrid(diffusion, output, *, x_0, x_t, t, eps):
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """per_example(diffusion, output, x_0=, x_t=, t=, eps=) -> [B]; `variances`: which kinds make sense, learned
-    (True) or fixed (False); `weighted`: whether a loss weight applies."""
+    """A training loss.
 
-    per_example: Callable
-    variances: tuple
+    per_example: a function like `simple`.
+    variances: the kinds of variance with which the loss makes sense, learned (True) or fixed (False).
+    weighted: whether a loss weight applies to it.
+    reason: why the loss does not go with the other kind of variance.
+    """
+
+    per_example: LossFunction
+    variances: tuple[bool, ...]
     weighted: bool
     reason: str = ""
 
@@ -93,38 +108,54 @@ LOSSES = {
 }
 
 
-def _min_snr(snr, gamma=5.0):
+def _snr(snr: np.ndarray) -> np.ndarray:
+    return np.ones_like(snr)
+
+
+def _min_snr(snr: np.ndarray, *, gamma: float = 5.0) -> np.ndarray:
+    if gamma <= 0:
+        raise InputError(f"gamma of loss weight min_snr must be above 0, found {gamma}.")
     return np.minimum(snr, gamma) / np.maximum(snr, np.finfo(float).tiny)
 
 
-# name -> factor(SNR) on the squared error of eps; SNR = abar / (1 - abar)
+def _p2(snr: np.ndarray, *, k: float = 1.0, gamma: float = 1.0) -> np.ndarray:
+    if k <= 0 or gamma < 0:
+        raise InputError(f"Loss weight p2 needs k above 0 and gamma of at least 0, found {k} and {gamma}.")
+    return 1.0 / (k + snr) ** gamma
+
+
+# An entry gives the factor on the squared error of eps, as a function of SNR = abar / (1 - abar).
 LOSS_WEIGHTS = {
-    "none": None,
-    "snr": np.ones_like,
-    "min_snr": _min_snr,  # Hang et al. 2023, gamma 5
-    "p2": lambda snr: 1.0 / (1.0 + snr),  # Choi et al. 2022, k = 1, gamma = 1
+    "none": Choice(_snr),  # the factor is not used: the weight is 1 for every prediction
+    "snr": Choice(_snr),
+    "min_snr": Choice(_min_snr, ("gamma",)),  # Hang et al. 2023
+    "p2": Choice(_p2, ("k", "gamma")),  # Choi et al. 2022
 }
 
 # What the squared error of a prediction is multiplied by to be the squared error of eps.
-_EPS_ERROR = {"eps": np.ones_like, "x_0": lambda snr: snr, "v": lambda snr: snr / (snr + 1.0)}
+_EPS_ERROR: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "eps": np.ones_like,
+    "x_0": lambda snr: snr,
+    "v": lambda snr: snr / (snr + 1.0),
+}
 
 
-def loss_weights(diffusion, name):
+def loss_weights(diffusion: GaussianDiffusion, name: str, **settings: float) -> np.ndarray:
     """The weight of the squared error at every timestep.
 
     Args:
-        diffusion: GaussianDiffusion.
-        name: none (1 for every prediction), snr (1 / SNR / SNR/(SNR+1) for eps / x_0 / v: min_snr without a limit),
-            min_snr (snr times min(SNR, 5) / SNR) or p2 (snr times 1 / (1 + SNR)).
+        name: none (1 for every prediction); snr (1 / SNR / SNR/(SNR+1) for eps / x_0 / v: the squared error of eps, whatever
+            is predicted); min_snr (snr times min(SNR, gamma) / SNR); p2 (snr times 1 / (k + SNR)^gamma).
+        settings: gamma=5 of min_snr; k=1 and gamma=1 of p2.
 
     Returns:
         float64 [T].
 
     Raises:
-        InputError: unknown name, or a weight for prediction x_prev, for which none is published.
+        InputError: unknown name, a setting of another weight, or a weight for prediction x_prev, for which none is
+            published.
     """
-    if name not in LOSS_WEIGHTS:
-        raise unknown_name("loss weight", name, LOSS_WEIGHTS)
+    factor = choose("loss weight", name, LOSS_WEIGHTS, settings)
     if name == "none":
         return np.ones(diffusion.num_timesteps)
     if diffusion.prediction not in _EPS_ERROR:
@@ -134,18 +165,22 @@ def loss_weights(diffusion, name):
         )
     abar = diffusion.schedule.alphas_cumprod
     snr = abar / (1.0 - abar)
-    return LOSS_WEIGHTS[name](snr) * _EPS_ERROR[diffusion.prediction](snr)
+    return factor(snr) * _EPS_ERROR[diffusion.prediction](snr)
 
 
-def make_loss(name, diffusion, *, weight="none"):
+def make_loss(name: str, diffusion: GaussianDiffusion, *, weight: str = "none", **settings: float) -> LossFunction:
     """The training loss: a function like `simple`, weighted by timestep.
+
+    Args:
+        name: simple, vlb or hybrid.
+        weight, settings: see `loss_weights`.
 
     Raises:
         InputError: unknown names, or a combination that makes no sense, with the reason.
     """
     if name not in LOSSES:
         raise unknown_name("loss", name, LOSSES)
-    loss, weights = LOSSES[name], loss_weights(diffusion, weight)
+    loss, weights = LOSSES[name], loss_weights(diffusion, weight, **settings)
     if diffusion.has_learned_variance not in loss.variances:
         raise InputError(f"Loss {name!r} makes no sense with variance {diffusion.variance!r}: {loss.reason}.")
     if weight == "none":
@@ -153,7 +188,9 @@ def make_loss(name, diffusion, *, weight="none"):
     if not loss.weighted:
         raise InputError(f"Loss weight {weight!r} applies to loss 'simple', not to {name!r}. Use loss weight 'none'.")
 
-    def weighted(diffusion, output, *, x_0, x_t, t, eps):
+    def weighted(
+        diffusion: GaussianDiffusion, output: tf.Tensor, *, x_0: tf.Tensor, x_t: tf.Tensor, t: tf.Tensor, eps: tf.Tensor
+    ) -> tf.Tensor:
         return extract(weights, t, 1) * loss.per_example(diffusion, output, x_0=x_0, x_t=x_t, t=t, eps=eps)
 
     return weighted

@@ -1,12 +1,21 @@
 """What the network predicts: the training target, and the way from the output to x_0."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import tensorflow as tf
 
 from ddpm_tf.diffusion.gaussian import extract
+from ddpm_tf.diffusion.schedules import Schedule
+
+if TYPE_CHECKING:
+    from ddpm_tf.diffusion.process import GaussianDiffusion
 
 
-def x_0_from_eps(schedule, x_t, t, eps):
+def x_0_from_eps(schedule: Schedule, x_t: tf.Tensor, t: tf.Tensor, eps: tf.Tensor) -> tf.Tensor:
     """x_0 = x_t / sqrt(abar) - sqrt(1/abar - 1) eps, Eq. 4 solved for x_0."""
     n = len(x_t.shape)
     return (
@@ -15,7 +24,7 @@ def x_0_from_eps(schedule, x_t, t, eps):
     )
 
 
-def eps_from_x_0(schedule, x_t, t, x_0):
+def eps_from_x_0(schedule: Schedule, x_t: tf.Tensor, t: tf.Tensor, x_0: tf.Tensor) -> tf.Tensor:
     """eps = (x_t - sqrt(abar) x_0) / sqrt(1 - abar), Eq. 4 solved for eps."""
     n = len(x_t.shape)
     return (x_t - extract(schedule.sqrt_alphas_cumprod, t, n) * x_0) / extract(
@@ -23,19 +32,23 @@ def eps_from_x_0(schedule, x_t, t, x_0):
     )
 
 
-def _target_eps(diffusion, x_0, x_t, t, eps):
+def _target_eps(
+    diffusion: GaussianDiffusion, x_0: tf.Tensor, x_t: tf.Tensor, t: tf.Tensor, eps: tf.Tensor
+) -> tf.Tensor:
     return eps
 
 
-def _target_x_0(diffusion, x_0, x_t, t, eps):
+def _target_x_0(
+    diffusion: GaussianDiffusion, x_0: tf.Tensor, x_t: tf.Tensor, t: tf.Tensor, eps: tf.Tensor
+) -> tf.Tensor:
     return x_0
 
 
-def _x_0_from_x_0(schedule, x_t, t, output):
+def _x_0_from_x_0(schedule: Schedule, x_t: tf.Tensor, t: tf.Tensor, output: tf.Tensor) -> tf.Tensor:
     return output
 
 
-def _target_v(diffusion, x_0, x_t, t, eps):
+def _target_v(diffusion: GaussianDiffusion, x_0: tf.Tensor, x_t: tf.Tensor, t: tf.Tensor, eps: tf.Tensor) -> tf.Tensor:
     n = len(x_0.shape)
     return (
         extract(diffusion.schedule.sqrt_alphas_cumprod, t, n) * eps
@@ -43,16 +56,18 @@ def _target_v(diffusion, x_0, x_t, t, eps):
     )
 
 
-def _x_0_from_v(schedule, x_t, t, v):
+def _x_0_from_v(schedule: Schedule, x_t: tf.Tensor, t: tf.Tensor, v: tf.Tensor) -> tf.Tensor:
     n = len(x_t.shape)
     return extract(schedule.sqrt_alphas_cumprod, t, n) * x_t - extract(schedule.sqrt_one_minus_alphas_cumprod, t, n) * v
 
 
-def _target_x_prev(diffusion, x_0, x_t, t, eps):
+def _target_x_prev(
+    diffusion: GaussianDiffusion, x_0: tf.Tensor, x_t: tf.Tensor, t: tf.Tensor, eps: tf.Tensor
+) -> tf.Tensor:
     return diffusion.q_posterior(x_0, x_t, t)[0]
 
 
-def _x_0_from_x_prev(schedule, x_t, t, x_prev):
+def _x_0_from_x_prev(schedule: Schedule, x_t: tf.Tensor, t: tf.Tensor, x_prev: tf.Tensor) -> tf.Tensor:
     # The network learned the mean of a step of the *trained* chain, also when the sampler takes longer steps.
     n = len(x_t.shape)
     coef1 = schedule.trained.posterior_mean_coef1[schedule.timesteps]
@@ -65,8 +80,8 @@ class Prediction:
     """target(diffusion, x_0, x_t, t, eps) is what the output is trained towards; to_x_0(schedule, x_t, t, output)
     is the x_0 that an output stands for. All arrays are [B, H, W, C], t is int32 [B]."""
 
-    target: Callable
-    to_x_0: Callable
+    target: Callable[..., tf.Tensor]
+    to_x_0: Callable[..., tf.Tensor]
 
 
 PREDICTIONS = {

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from ddpm_tf.diffusion.gaussian import extract
@@ -31,7 +32,6 @@ class GaussianDiffusion:
         variance: fixed_large (sigma^2 = beta), fixed_small (sigma^2 = posterior variance), fixed_small_floored (the
             release's older class: log(1e-20) at t = 0), learned (the network's log-variance) or learned_range (between
             posterior variance and beta, improved DDPM Eq. 15). A learned one doubles the network's output channels.
-        clip: whether x_0 is clipped to [-1, 1] in `p_mean_variance`.
 
     Raises:
         InputError: unknown names, or prediction eps with a chain that ends without any signal (jsd), from
@@ -42,30 +42,29 @@ class GaussianDiffusion:
     _: dataclasses.KW_ONLY
     prediction: str = "eps"
     variance: str = "fixed_large"
-    clip: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
             raise unknown_name("prediction", self.prediction, PREDICTIONS)
         if self.variance not in VARIANCES:
             raise unknown_name("variance", self.variance, VARIANCES)
         if self.prediction == "eps" and self.schedule.alphas_cumprod[-1] <= 0:
             raise InputError(
-                "This chain ends at alphas_cumprod = 0 (schedule jsd): prediction 'eps' cannot recover x_0 "
-                "there. Use prediction 'x_0' or 'v'."
+                "This chain ends at alphas_cumprod = 0: prediction 'eps' cannot recover x_0 there. Use prediction 'x_0' or "
+                "'v', or another schedule."
             )
 
     @property
-    def has_learned_variance(self):
+    def has_learned_variance(self) -> bool:
         """Whether the network's output is [B, H, W, 2C]: the prediction, then what the variance is made of."""
         return VARIANCES[self.variance].learned
 
     @property
-    def num_timesteps(self):
+    def num_timesteps(self) -> int:
         """T of this chain."""
         return self.schedule.num_timesteps
 
-    def respace(self, kept):
+    def respace(self, kept: np.ndarray) -> "GaussianDiffusion":
         """The same model over the shorter chain that visits only the timesteps `kept`.
 
         Raises:
@@ -78,7 +77,7 @@ class GaussianDiffusion:
             )
         return dataclasses.replace(self, schedule=self.schedule.respace(kept))
 
-    def q_sample(self, x_0, t, eps):
+    def q_sample(self, x_0: tf.Tensor, t: tf.Tensor, eps: tf.Tensor) -> tf.Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (Eq. 4), float32 [B, H, W, C]; t int32 [B], 0-based."""
         n = len(x_0.shape)
         return (
@@ -86,7 +85,7 @@ class GaussianDiffusion:
             + extract(self.schedule.sqrt_one_minus_alphas_cumprod, t, n) * eps
         )
 
-    def q_posterior(self, x_0, x_t, t):
+    def q_posterior(self, x_0: tf.Tensor, x_t: tf.Tensor, t: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """q(x_{t-1} | x_t, x_0), Eqs. 6 and 7.
 
         Returns:
@@ -100,7 +99,7 @@ class GaussianDiffusion:
         )
         return mean, extract(self.schedule.posterior_log_variance_clipped, t, n)
 
-    def split_output(self, output, channels):
+    def split_output(self, output: tf.Tensor, channels: int) -> tuple[tf.Tensor, tf.Tensor | None]:
         """(prediction, raw variance or None) of a network's output.
 
         Raises:
@@ -116,7 +115,7 @@ class GaussianDiffusion:
             return output, None
         return output[..., :channels], output[..., channels:]
 
-    def p_mean_variance(self, output, x_t, t, clip=None):
+    def p_mean_variance(self, output: tf.Tensor, x_t: tf.Tensor, t: tf.Tensor, clip: bool = True) -> PMeanVariance:
         """p(x_{t-1} | x_t) from the network's output (Eq. 1; for eps the mean is Eq. 11 when nothing is clipped).
 
         Args:
@@ -124,12 +123,11 @@ class GaussianDiffusion:
                 the prediction first, then the log-variance (learned) or its place in the range (learned_range).
             x_t: float32 [B, H, W, C].
             t: int32 [B], index in this chain, 0-based.
-            clip: clip x_0 to [-1, 1]; None: as the object was made.
+            clip: clip x_0 to [-1, 1].
 
         Returns:
             PMeanVariance; its eps is derived from the (clipped) x_0.
         """
-        clip = self.clip if clip is None else clip
         predicted, raw = self.split_output(output, x_t.shape[-1])
         x_0 = PREDICTIONS[self.prediction].to_x_0(self.schedule, x_t, t, predicted)
         if clip:

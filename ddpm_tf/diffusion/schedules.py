@@ -6,6 +6,7 @@ import functools
 import numpy as np
 from absl import logging
 
+from ddpm_tf.choices import Choice, choose
 from ddpm_tf.errors import InputError, unknown_name
 
 # Above this much signal left at the last timestep, x_T ~ N(0, I) is no longer a fair start.
@@ -13,91 +14,94 @@ _MAX_FINAL_ALPHAS_CUMPROD = 1e-3
 _MAX_BETA = 0.999
 
 
-def _linear(T, beta_start, beta_end):
+def _linear(T: int, *, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
     return np.linspace(beta_start, beta_end, T)
 
 
-def _linear_scaled(T, beta_start, beta_end):
+def _linear_scaled(T: int, *, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
     # The endpoints are meant for T = 1000; scaling keeps alphas_cumprod[-1] nearly independent of T.
     return np.linspace(beta_start * 1000 / T, beta_end * 1000 / T, T)
 
 
-def _quad(T, beta_start, beta_end):
+def _quad(T: int, *, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
     return np.linspace(beta_start**0.5, beta_end**0.5, T) ** 2
 
 
-def _warmup(fraction, T, beta_start, beta_end):
+def _warmup(fraction: float, T: int, *, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
     betas = np.full(T, beta_end, np.float64)
     warmup = int(T * fraction)
     betas[:warmup] = np.linspace(beta_start, beta_end, warmup)
     return betas
 
 
-def _const(T, beta_start, beta_end):
+def _const(T: int, *, beta_end: float = 0.02) -> np.ndarray:
     return np.full(T, beta_end, np.float64)
 
 
-def _jsd(T, beta_start, beta_end):
-    # 1/T, 1/(T-1), ..., 1: the endpoints are not used, and the last step removes all signal.
+def _jsd(T: int) -> np.ndarray:
+    # 1/T, 1/(T-1), ..., 1: the last step removes all signal.
     return 1.0 / np.arange(T, 0, -1, dtype=np.float64)
 
 
-def _from_alphas_cumprod(alphas_cumprod):
+def _from_alphas_cumprod(alphas_cumprod: np.ndarray) -> np.ndarray:
     """[T+1] values of abar at 0, 1/T, ..., 1 -> betas [T], capped."""
     return np.minimum(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], _MAX_BETA)
 
 
-def _cosine(T, s=0.008):
+def _cosine(T: int, *, s: float = 0.008) -> np.ndarray:
+    if s < 0:
+        raise InputError(f"s of schedule cosine must be at least 0, found {s}.")
     u = np.arange(T + 1) / T
     return _from_alphas_cumprod(np.cos((u + s) / (1 + s) * np.pi / 2) ** 2)
 
 
-def _sigmoid(T, start=-3.0, end=3.0, tau=1.0):
+def _sigmoid(T: int, *, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> np.ndarray:
+    if not (start < end and tau > 0):
+        raise InputError(f"Schedule sigmoid needs start < end and tau > 0, found {start}, {end} and {tau}.")
     u = np.arange(T + 1) / T
     sigmoid = 1 / (1 + np.exp(-(u * (end - start) + start) / tau))
     return _from_alphas_cumprod((sigmoid[-1] - sigmoid) / (sigmoid[-1] - sigmoid[0]))
 
 
-# name -> (function, whether it takes beta_start and beta_end)
+_ENDPOINTS = ("beta_start", "beta_end")
 BETA_SCHEDULES = {
-    "linear": (_linear, True),
-    "linear_scaled": (_linear_scaled, True),
-    "quad": (_quad, True),
-    "warmup10": (functools.partial(_warmup, 0.1), True),
-    "warmup50": (functools.partial(_warmup, 0.5), True),
-    "const": (_const, True),
-    "jsd": (_jsd, True),
-    "cosine": (_cosine, False),
-    "sigmoid": (_sigmoid, False),
+    "linear": Choice(_linear, _ENDPOINTS),
+    "linear_scaled": Choice(_linear_scaled, _ENDPOINTS),
+    "quad": Choice(_quad, _ENDPOINTS),
+    "warmup10": Choice(functools.partial(_warmup, 0.1), _ENDPOINTS),
+    "warmup50": Choice(functools.partial(_warmup, 0.5), _ENDPOINTS),
+    "const": Choice(_const, ("beta_end",)),
+    "jsd": Choice(_jsd),
+    "cosine": Choice(_cosine, ("s",)),
+    "sigmoid": Choice(_sigmoid, ("start", "end", "tau")),
 }
 
 
-def make_betas(name, num_timesteps, *, beta_start=1e-4, beta_end=0.02):
+def make_betas(name: str, num_timesteps: int, **settings: float) -> np.ndarray:
     """The variances beta_t of the forward process (Eq. 2), by schedule name.
 
     Args:
         name: linear, quad, warmup10, warmup50, const, jsd (the original's six); linear_scaled (endpoints
-            times 1000/T); cosine (improved DDPM Eq. 17, s = 0.008) and sigmoid (start -3, end 3, tau 1),
-            both capped at 0.999.
+            times 1000/T); cosine (improved DDPM Eq. 17) and sigmoid (Jabri et al. 2022), both capped at 0.999.
         num_timesteps: T >= 1.
-        beta_start, beta_end: the endpoints; not used by jsd, cosine and sigmoid.
+        settings: of the schedule that is named. beta_start=1e-4 and beta_end=0.02 are the endpoints (const has beta_end
+            alone; jsd, cosine and sigmoid have none); s=0.008 is the offset of cosine, at least 0; start=-3, end=3 and
+            tau=1 say which part of the logistic curve sigmoid follows, at which temperature.
 
     Returns:
         float64 [T].
 
     Raises:
-        InputError: unknown name, T < 1, or endpoints that give a beta outside (0, 1].
+        InputError: unknown name, T < 1, settings that give a beta outside (0, 1], or a setting of another schedule that is
+            not at its default.
     """
-    if name not in BETA_SCHEDULES:
-        raise unknown_name("beta schedule", name, BETA_SCHEDULES)
+    make = choose("beta schedule", name, BETA_SCHEDULES, settings)
     if num_timesteps < 1:
         raise InputError(f"num_timesteps must be at least 1, found {num_timesteps}.")
-    function, takes_endpoints = BETA_SCHEDULES[name]
-    args = (beta_start, beta_end) if takes_endpoints else ()
-    return _checked_betas(function(num_timesteps, *args))
+    return _checked_betas(make(num_timesteps))
 
 
-def _checked_betas(betas):
+def _checked_betas(betas: np.ndarray) -> np.ndarray:
     betas = np.array(betas, np.float64)
     if betas.ndim != 1 or betas.size == 0:
         raise InputError(f"betas must be one-dimensional and not empty, found shape {betas.shape}.")
@@ -105,7 +109,7 @@ def _checked_betas(betas):
     if bad.size:
         raise InputError(
             f"Every beta must satisfy 0 < beta <= 1; found betas[{bad[0]}] = {betas[bad[0]]}. "
-            "Check beta_start, beta_end and num_timesteps."
+            "Check the schedule's settings (beta_start, beta_end) and num_timesteps."
         )
     return betas
 
@@ -124,10 +128,24 @@ class Schedule:
     """
 
     betas: np.ndarray
-    timesteps: np.ndarray | None = None
-    trained: "Schedule | None" = None
+    timesteps: np.ndarray = None  # type: ignore[assignment]  # None becomes a table in __post_init__
+    trained: "Schedule" = None  # type: ignore[assignment]  # None becomes this schedule in __post_init__
+    alphas: np.ndarray = dataclasses.field(init=False)
+    alphas_cumprod: np.ndarray = dataclasses.field(init=False)
+    alphas_cumprod_prev: np.ndarray = dataclasses.field(init=False)
+    # q(x_t | x_0), Eq. 4
+    sqrt_alphas_cumprod: np.ndarray = dataclasses.field(init=False)
+    sqrt_one_minus_alphas_cumprod: np.ndarray = dataclasses.field(init=False)
+    log_one_minus_alphas_cumprod: np.ndarray = dataclasses.field(init=False)
+    sqrt_recip_alphas_cumprod: np.ndarray = dataclasses.field(init=False)
+    sqrt_recipm1_alphas_cumprod: np.ndarray = dataclasses.field(init=False)
+    # q(x_{t-1} | x_t, x_0), Eqs. 6 and 7
+    posterior_variance: np.ndarray = dataclasses.field(init=False)
+    posterior_mean_coef1: np.ndarray = dataclasses.field(init=False)
+    posterior_mean_coef2: np.ndarray = dataclasses.field(init=False)
+    posterior_log_variance_clipped: np.ndarray = dataclasses.field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         betas = _checked_betas(self.betas)
         alphas = 1.0 - betas
         alphas_cumprod = np.cumprod(alphas)
@@ -138,13 +156,11 @@ class Schedule:
                 "alphas": alphas,
                 "alphas_cumprod": alphas_cumprod,
                 "alphas_cumprod_prev": alphas_cumprod_prev,
-                # q(x_t | x_0), Eq. 4
                 "sqrt_alphas_cumprod": np.sqrt(alphas_cumprod),
                 "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - alphas_cumprod),
                 "log_one_minus_alphas_cumprod": np.log(1.0 - alphas_cumprod),
                 "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / alphas_cumprod),
                 "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / alphas_cumprod - 1.0),
-                # q(x_{t-1} | x_t, x_0), Eqs. 6 and 7
                 "posterior_variance": betas * (1.0 - alphas_cumprod_prev) / (1.0 - alphas_cumprod),
                 "posterior_mean_coef1": betas * np.sqrt(alphas_cumprod_prev) / (1.0 - alphas_cumprod),
                 "posterior_mean_coef2": (1.0 - alphas_cumprod_prev) * np.sqrt(alphas) / (1.0 - alphas_cumprod),
@@ -164,11 +180,11 @@ class Schedule:
             )
 
     @property
-    def num_timesteps(self):
+    def num_timesteps(self) -> int:
         """T, the number of steps of this chain."""
         return self.betas.size
 
-    def respace(self, kept):
+    def respace(self, kept: np.ndarray) -> "Schedule":
         """The chain that visits only the timesteps `kept` (improved DDPM section 4).
 
         Args:
@@ -194,7 +210,7 @@ class Schedule:
         return Schedule(betas, timesteps=self.timesteps[kept], trained=self.trained)
 
 
-def _first_from_second(posterior_variance, betas):
+def _first_from_second(posterior_variance: np.ndarray, betas: np.ndarray) -> np.ndarray:
     """posterior_variance[0] is 0, whose logarithm is not finite: the second entry stands in for it.
 
     A one-step chain has no second entry; its log-variance is log(beta_0), never used in sampling.
@@ -203,21 +219,26 @@ def _first_from_second(posterior_variance, betas):
     return np.append(first, posterior_variance[1:])
 
 
-def _uniform(T, S):
+def _uniform(T: int, S: int) -> np.ndarray:
     return np.arange(0, T, T // S) if T % S == 0 else np.arange(S) * T // S
 
 
-def _quad_spacing(T, S):
+def _quad_spacing(T: int, S: int) -> np.ndarray:
     # DDIM appendix D.2; the published form repeats small timesteps, and a repeated step does nothing.
     return np.unique((np.linspace(0, np.sqrt(T * 0.8), S) ** 2).astype(int))
 
 
-def _linspace(T, S):
+def _linspace(T: int, S: int) -> np.ndarray:
     return np.round(np.linspace(0, T - 1, S)).astype(int)
 
 
-def _trailing(T, S):
+def _trailing(T: int, S: int) -> np.ndarray:
     return (np.round(T - np.arange(S) * T / S).astype(int) - 1)[::-1]
+
+
+def _guide(T: int, S: int) -> np.ndarray:
+    # int(linspace(-1, T - 1, S + 1)) without the first entry, in exact integers.
+    return np.arange(1, S + 1) * T // S - 1
 
 
 TIMESTEP_SPACINGS = {
@@ -225,17 +246,19 @@ TIMESTEP_SPACINGS = {
     "quad": _quad_spacing,
     "linspace": _linspace,
     "trailing": _trailing,
+    "guide": _guide,
 }
 
 
-def space_timesteps(num_timesteps, num_steps, spacing):
+def space_timesteps(num_timesteps: int, num_steps: int, spacing: str) -> np.ndarray:
     """Which timesteps a sampler of `num_steps` steps visits.
 
     Args:
         num_timesteps: T of the trained chain.
         num_steps: S, 1 <= S <= T. S = 1 keeps T - 1 for every spacing.
         spacing: uniform (DDIM's range(0, T, T // S)), quad (DDIM's choice for CIFAR-10, up to 0.8 T; repeats
-            are dropped, so fewer than S may be kept), linspace (both ends), trailing (ends at T - 1).
+            are dropped, so fewer than S may be kept), linspace (both ends), trailing (ends at T - 1), guide (the integer
+            parts of linspace(-1, T - 1, S + 1), as denoising-diffusion-pytorch has it; trailing where S divides T).
 
     Returns:
         int [S or fewer], ascending and distinct.

@@ -1,5 +1,6 @@
 """The variational bound in bits/dim, term by term (Eq. 5; Table 1's NLL)."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -7,6 +8,7 @@ import tensorflow as tf
 from ddpm_tf import rng
 from ddpm_tf.diffusion import losses
 from ddpm_tf.diffusion.gaussian import mean_flat
+from ddpm_tf.diffusion.process import GaussianDiffusion
 
 
 class BitsPerDim(NamedTuple):
@@ -19,12 +21,19 @@ class BitsPerDim(NamedTuple):
     mse: tf.Tensor
 
 
-def bound_noise(seeds, t, image_shape):
+def bound_noise(seeds: tf.Tensor, t: tf.Tensor, image_shape: tuple[int, ...]) -> tf.Tensor:
     """The noise of timestep t, float32 [B, H, W, C], a function of (seed, t)."""
     return rng.normal(seeds, image_shape, purpose=rng.Purpose.NOISE, step=t)
 
 
-def bits_per_dim(diffusion, denoise_fn, x_0, seeds, *, noise_fn=bound_noise):
+def bits_per_dim(
+    diffusion: GaussianDiffusion,
+    denoise_fn: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+    x_0: tf.Tensor,
+    seeds: tf.Tensor,
+    *,
+    noise_fn: Callable[..., tf.Tensor] = bound_noise,
+) -> BitsPerDim:
     """An upper bound on -log2 p(x_0) per pixel and channel, with one draw of x_t for each of the T timesteps.
 
     Args:
@@ -42,7 +51,7 @@ def bits_per_dim(diffusion, denoise_fn, x_0, seeds, *, noise_fn=bound_noise):
     """
     T, batch, image_shape = diffusion.num_timesteps, tf.shape(x_0)[0], tuple(x_0.shape[1:])
 
-    def body(t, terms, mse):
+    def body(t: tf.Tensor, terms: tf.TensorArray, mse: tf.TensorArray) -> tuple:
         t = t - 1
         at_t = tf.fill([batch], t)
         x_t = diffusion.q_sample(x_0, at_t, noise_fn(seeds, t, image_shape))

@@ -3,23 +3,27 @@
 import json
 import os
 import shlex
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from ml_collections import ConfigDict
 
-from ddpm_tf import builders
+from ddpm_tf import builders, files, text
 from ddpm_tf import config as config_lib
 from ddpm_tf.cluster.strategy import configure_devices
 from ddpm_tf.convert.diffusers import load_diffusers, save_diffusers
 from ddpm_tf.convert.tf1 import TF1State, fields_of_kwargs, read_tf1_checkpoint, save_tf1_checkpoint, tf1_name
 from ddpm_tf.errors import InputError
-from ddpm_tf.experiment.sampling import load_for_inference
-from ddpm_tf.storage import checkpoints
+from ddpm_tf.experiment.inference import load_for_inference
+from ddpm_tf.experiment.run import read_config
+from ddpm_tf.networks import UNet
+from ddpm_tf.networks.contract import Network
 from ddpm_tf.storage.bundles import assign
-from ddpm_tf.storage.workdir import check_new, newest, read_config, write_workdir
+from ddpm_tf.storage.workdir import read_newest, write_workdir
 
 
-def import_tf1(checkpoint, config, workdir, *, reference=None):
+def import_tf1(checkpoint: str, config: ConfigDict, workdir: str, *, reference: str | None = None) -> str:
     """Turn a checkpoint of the original release into a workdir: weights, moving average, Adam moments and step.
 
     Args:
@@ -36,10 +40,11 @@ def import_tf1(checkpoint, config, workdir, *, reference=None):
     """
     config_lib.validate(config)
     configure_devices()
-    check_new(workdir, "--workdir")
+    files.check_new_folder(workdir, "--workdir")
+    _check_theta(config)
     _check_kwargs(config, os.path.join(os.path.dirname(checkpoint), "kwargs.json"))
     model = builders.build_model(config, tf.distribute.get_strategy())
-    variables = checkpoints.variables_by_name(model)
+    variables = model.state()
     shapes = {tf1_name(v.path): tuple(v.shape) for v in model.network.variables}
     state = read_tf1_checkpoint(
         checkpoint, shapes=shapes, beta_1=config.optimizer.beta_1, beta_2=config.optimizer.beta_2
@@ -50,7 +55,8 @@ def import_tf1(checkpoint, config, workdir, *, reference=None):
             "--config.optimizer.name=adam."
         )
     groups = {"network": state.weights, "ema": state.ema}
-    groups |= {} if state.m is None else {"optimizer/momentum": state.m, "optimizer/velocity": state.v}
+    if state.m is not None and state.v is not None:
+        groups |= {"optimizer/momentum": state.m, "optimizer/velocity": state.v}
     tensors = {name: v.numpy() for name, v in variables.items()}  # moments that the file lacks stay new
     for group, arrays in groups.items():
         tensors |= {f"{group}/{v.path}": arrays[tf1_name(v.path)] for v in model.network.variables}
@@ -66,7 +72,7 @@ def import_tf1(checkpoint, config, workdir, *, reference=None):
     )
 
 
-def import_diffusers(path, workdir, *, config=None, reference=None):
+def import_diffusers(path: str, workdir: str, *, config: ConfigDict | None = None, reference: str | None = None) -> str:
     """Turn a diffusers `UNet2DModel` into a workdir: its weights as both weights and moving average, step 0.
 
     Args:
@@ -82,18 +88,15 @@ def import_diffusers(path, workdir, *, config=None, reference=None):
         InputError: files or settings that do not fit; nothing has been written then.
     """
     configure_devices()
-    check_new(workdir, "--workdir")
+    files.check_new_folder(workdir, "--workdir")
     loaded = load_diffusers(path)
-    found = _config_of_network(loaded)
-    given = config is not None
-    if not given:
-        config = config_lib.default()
-        for field, value in {**found, "network.dropout": loaded.dropout}.items():
-            config_lib.put(config, field, value)
-        if loaded.out_channels == 2 * config.data.channels:
-            config.diffusion.variance, config.train.loss = "learned_range", "hybrid"
+    network_fields = _config_of_network(loaded)
+    defaults = ""
+    if config is None:
+        config = _default_config(loaded, network_fields)
+        defaults = "\nNo --config was given: training and sampling settings are the defaults of config.py."
     config_lib.validate(config)
-    _check_agrees(config, found, path)
+    _check_agrees(config, network_fields, path)
     learned = builders.build_diffusion(config).has_learned_variance
     if loaded.out_channels != config.data.channels * (2 if learned else 1):
         raise InputError(
@@ -104,15 +107,14 @@ def import_diffusers(path, workdir, *, config=None, reference=None):
     model = builders.build_model(config, tf.distribute.get_strategy())
     for network in (model.network, model.ema_network):
         network.set_weights(loaded.get_weights())
-    write_workdir(workdir, config, {name: v.numpy() for name, v in checkpoints.variables_by_name(model).items()})
-    defaults = "" if given else "\nNo --config was given: training and sampling settings are the defaults of config.py."
+    write_workdir(workdir, config, {name: v.numpy() for name, v in model.state().items()})
     return (
         f"{len(loaded.variables)} weights ({loaded.count_params():,} parameters) of {path}, step 0, variance "
         f"{config.diffusion.variance}.{parity}{defaults}\n{_next_commands(workdir)}"
     )
 
 
-def export_weights(workdir, to, out, *, ema=True):
+def export_weights(workdir: str, to: str, out: str, *, ema: bool = True) -> str:
     """Write a workdir's newest checkpoint for another program.
 
     Args:
@@ -130,14 +132,20 @@ def export_weights(workdir, to, out, *, ema=True):
     """
     if to == "diffusers":
         inference = load_for_inference(workdir, ema=ema)
+        if not isinstance(inference.network, UNet):
+            raise InputError(
+                f"--workdir={workdir} has a network that UNet2DModel cannot be; expected network.name=unet."
+            )
+        files.check_new_folder(out, "--out")
         save_diffusers(inference.network, out)
         count, step = inference.network.count_params(), inference.step
         kind = "moving average" if ema else "weights"
         return f"{count:,} parameters ({kind}) of step {step} as a UNet2DModel in {out}.\nUNet2DModel.from_pretrained({out!r})"
     config = read_config(workdir)
-    step, tensors = newest(workdir)
+    _check_theta(config)
+    step, tensors = read_newest(workdir)
 
-    def group(prefix):
+    def group(prefix: str) -> dict[str, np.ndarray]:
         return {tf1_name(k.removeprefix(prefix)): v for k, v in tensors.items() if k.startswith(prefix)}
 
     is_adam = config.optimizer.name == "adam"  # RMSProp's slots have the same names here
@@ -151,7 +159,13 @@ def export_weights(workdir, to, out, *, ema=True):
     return f"{len(state.weights)} weights, {kinds} of step {step} in {out}.index and .data.{left_out}"
 
 
-def _check_kwargs(config, path):
+def _check_theta(config: ConfigDict) -> None:
+    """The release has no setting for the time embedding's base, and its checkpoints do not hold it."""
+    if config.network.theta != 10000:
+        raise InputError(f"The original release computes with network.theta=10000, found {config.network.theta}.")
+
+
+def _check_kwargs(config: ConfigDict, path: str) -> None:
     """The release's training scripts left their arguments in kwargs.json."""
     if not os.path.isfile(path):
         return
@@ -163,26 +177,35 @@ def _check_kwargs(config, path):
     _check_agrees(config, fields, path)
 
 
-def _check_agrees(config, fields, origin):
+def _check_agrees(config: ConfigDict, fields: dict[str, Any], origin: str) -> None:
     rows = [
-        f"  {field:<28} {value!r:>20} {config_lib.get(config, field)!r:>20}"
+        (field, repr(value), repr(config_lib.get(config, field)))
         for field, value in fields.items()
         if _normal(config, field, config_lib.get(config, field)) != _normal(config, field, value)
     ]
     if rows:
-        raise InputError(
-            f"{origin} and --config disagree:\n  {'field':<28} {'file':>20} {'config':>20}\n" + "\n".join(rows)
-        )
+        table = text.table(rows, header=("field", "file", "config"), right=[1, 2]).replace("\n", "\n  ")
+        raise InputError(f"{origin} and --config disagree:\n  {table}")
 
 
-def _normal(config, field, value):
+def _normal(config: ConfigDict, field: str, value: Any) -> Any:
     """One form of values that mean the same."""
     if field == "data.image_width":
         return value or config.data.image_size
     return sorted(value) if field == "network.attn_resolutions" else value
 
 
-def _config_of_network(network):
+def _default_config(network: UNet, fields: dict[str, Any]) -> ConfigDict:
+    """The defaults, with the fields that a network settles."""
+    config = config_lib.default()
+    for field, value in {**fields, "network.dropout": network.dropout}.items():
+        config_lib.put(config, field, value)
+    if network.out_channels == 2 * config.data.channels:
+        config.diffusion.variance, config.train.loss = "learned_range", "hybrid"
+    return config
+
+
+def _config_of_network(network: UNet) -> dict[str, Any]:
     height, width, channels = network.image_shape
     return {
         "data.image_size": height,
@@ -194,10 +217,11 @@ def _config_of_network(network):
         "network.attn_resolutions": network.attn_resolutions,
         "network.block_size": network.block_size,
         "network.resamp_with_conv": network.resamp_with_conv,
+        "network.theta": network.theta,
     }
 
 
-def _check_reference(network, path):
+def _check_reference(network: Network, path: str | None) -> str:
     """The network's answer against x_t, t and output of an .npz, as a line of a report."""
     if path is None:
         return ""
@@ -214,5 +238,5 @@ def _check_reference(network, path):
     return f"\nLargest difference to the reference output: {np.abs(output - expected).max():.3g}."
 
 
-def _next_commands(workdir):
+def _next_commands(workdir: str) -> str:
     return f"Sample: python run_sample.py --workdir={shlex.quote(workdir)}"

@@ -4,12 +4,16 @@ import json
 import os
 import shlex
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from absl import logging
 
+from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.diffusion.schedules import space_timesteps
 from ddpm_tf.errors import InputError, unknown_name
-from ddpm_tf.experiment.sampling import load_sampler
+from ddpm_tf.experiment.inference import load_sampler
+from ddpm_tf.samplers.base import Sampler
 from ddpm_tf.serving import model_card, portable, warmup
 from ddpm_tf.serving.export import save_model
 from ddpm_tf.serving.server_files import check_name, write_server_files
@@ -20,8 +24,17 @@ _BOUND_SPACING = "linspace"  # both ends of the trained chain
 
 
 def export(
-    workdir, out, *, format=SAVED_MODEL, version=None, max_batch=16, bpd_steps=None, license="", ema=True, **overrides
-):
+    workdir: str,
+    out: str,
+    *,
+    format: str = SAVED_MODEL,
+    version: int | None = None,
+    max_batch: int = 16,
+    bpd_steps: int | None = None,
+    license: str = "",
+    ema: bool = True,
+    settings: Mapping[str, Any] | None = None,
+) -> str:
     """Write a workdir's newest checkpoint and its sampler as out/<version>/, which appears whole or not at all.
 
     Args:
@@ -33,7 +46,7 @@ def export(
         bpd_steps: K, the steps of the chain whose bound `bits_per_dim` is; None: as many as the sampler's.
         license: the weights' license, for the model card.
         ema: the moving average of the weights, else the weights themselves.
-        overrides: fields of the config's `sample` section; None: as the workdir says.
+        settings: {field: value} of the config's `sample` section, instead of the workdir's.
 
     Returns:
         a report, as text.
@@ -51,8 +64,8 @@ def export(
     check_name(os.path.basename(out))
     version = choose_version(out, version)
     _check_format(out, format)
-    inference, sampler = load_sampler(workdir, ema=ema, **overrides)
-    bound = _bound(inference.diffusion, sampler.num_steps if bpd_steps is None else bpd_steps)
+    inference, sampler = load_sampler(workdir, ema=ema, settings=settings)
+    bound_diffusion = _bound_diffusion(inference.diffusion, sampler.num_steps if bpd_steps is None else bpd_steps)
     fields = {
         "name": os.path.basename(out), "version": version, "format": format, "license": license or "not stated",
         "weights": "moving average" if ema else "weights", "evaluation": _evaluation(workdir),
@@ -60,8 +73,8 @@ def export(
     models = os.path.dirname(out)
     with new_version(out, version) as folder:
         if format == SAVED_MODEL:
-            functions = save_model(folder, inference.network, sampler, bound, max_batch=max_batch)
-            fields |= _saved_model_fields(folder, out, functions, sampler, bound, max_batch)
+            functions = save_model(folder, inference.network, sampler, bound_diffusion, max_batch=max_batch)
+            fields |= _saved_model_fields(folder, out, functions, sampler, bound_diffusion, max_batch)
         else:
             functions = portable.save_portable(folder, format, inference.network, sampler)
         model_card.write_card(folder, model_card.make_card(inference, sampler, functions, **fields))
@@ -73,9 +86,16 @@ def export(
     return f"{report}\nServe it: cd {shlex.quote(models)} && docker compose --profile cpu up"
 
 
-def _saved_model_fields(folder, out, functions, sampler, bound, max_batch):
+def _saved_model_fields(
+    folder: str,
+    out: str,
+    functions: dict[str, Any],
+    sampler: Sampler,
+    bound_diffusion: GaussianDiffusion,
+    max_batch: int,
+) -> dict[str, Any]:
     """Write the warm-up requests; what the card says of a SavedModel."""
-    costs = {"initial_noise": 0, "denoise_step": 1, "bits_per_dim": bound.num_timesteps}
+    costs = {"initial_noise": 0, "denoise_step": 1, "bits_per_dim": bound_diffusion.num_timesteps}
     evaluations = {name: costs.get(name, sampler.num_steps) for name in functions}
     try:
         warm = warmup.write_warmup(folder, os.path.basename(out), functions, evaluations=evaluations)
@@ -87,21 +107,21 @@ def _saved_model_fields(folder, out, functions, sampler, bound, max_batch):
         "network_evaluations_per_request": evaluations,
         "warmed_up": warm,
         "bits_per_dim": {
-            "timesteps": bound.schedule.timesteps.tolist(),
+            "timesteps": bound_diffusion.schedule.timesteps.tolist(),
             "meaning": "bits per value: an estimate, from one draw of noise per timestep, of an upper bound on -log2 p(image) "
             "for the model that samples by these timesteps alone; not comparable with the bound of the whole chain",
         },
     }
 
 
-def _bound(diffusion, num_steps):
+def _bound_diffusion(diffusion: GaussianDiffusion, num_steps: int) -> GaussianDiffusion:
     """The chain of `num_steps` steps whose bound is served."""
     if not 1 <= num_steps <= diffusion.num_timesteps:
         raise InputError(f"--bpd_steps must be within 1..{diffusion.num_timesteps}, found {num_steps}.")
     return diffusion.respace(space_timesteps(diffusion.num_timesteps, num_steps, _BOUND_SPACING))
 
 
-def _check_format(out, format):
+def _check_format(out: str, format: str) -> None:
     """A server that polls `out` takes every version for its own format."""
     for version in list_versions(out)[-1:]:
         is_saved_model = os.path.exists(os.path.join(out, str(version), "saved_model.pb"))
@@ -112,7 +132,7 @@ def _check_format(out, format):
             )
 
 
-def _evaluation(workdir):
+def _evaluation(workdir: str) -> Any:
     path = os.path.join(workdir, "evaluation.json")
     if not os.path.exists(path):
         return None

@@ -7,73 +7,89 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from ddpm_tf import builders, images
+from ddpm_tf import builders, files, images
+from ddpm_tf.callbacks.metrics import Summaries
+from ddpm_tf.data.contract import Source
 from ddpm_tf.errors import InputError
-from ddpm_tf.experiment.sampling import make_picture, sample_in_batches
-from ddpm_tf.samplers.replicas import make_replica_sampler
+from ddpm_tf.experiment.generating import generate
+from ddpm_tf.experiment.run import Run
+from ddpm_tf.storage import workdir as workdir_lib
 from ddpm_tf.training.ema import make_ema_network
+from ddpm_tf.training.model import DiffusionModel
 
 _COMPARED = 1024  # images of the data whose brightness is set beside the samples'
 
 
-def grid_path(workdir, step, name="ema"):
-    return os.path.join(workdir, "samples", f"step_{step:012d}_{name}.png")
+def grid_path(workdir: str, step: int, name: str = "ema") -> str:
+    return os.path.join(workdir_lib.samples_folder(workdir), f"step_{step:012d}_{name}.png")
 
 
-def make_grids(config, model, source, workdir, summaries, strategy, cluster):
-    """(draw, show): samples of the weights and of their average, from the same seeds, in float32.
+class Grids:
+    """Samples of the weights ("raw") and of their average ("ema"), from the same seeds, in float32."""
 
-    draw(step): this worker's part of them, by all its replicas, without talking to other workers. show(step, drawn): the
-    chief writes the grids, and logs mean and deviation of their pixels beside the data's (a colour shift shows there).
-    """
-    sampler, s = builders.build_sampler(config, model.diffusion), config.sample
-    share = -(-s.num_images // cluster.size)
-    part = slice(cluster.index * share, (cluster.index + 1) * share)
-    is_float32 = model.network.compute_dtype == "float32"
-    with strategy.scope():
-        networks = {"raw": model.network if is_float32 else make_ema_network(model.network), "ema": model.ema_network}
-    draws = dict.fromkeys(networks)
-    if strategy.num_replicas_in_sync > cluster.size:
-        draws = {name: make_replica_sampler(strategy, n, sampler) for name, n in networks.items()}
-    brightness_of_data = functools.cache(lambda: _brightness_of_data(source))
+    def __init__(self, run: Run, model: DiffusionModel, summaries: Summaries | None) -> None:
+        self.run, self.model, self.summaries = run, model, summaries
+        self.sampler = builders.build_sampler(run.config, model.diffusion)
+        self.is_float32 = model.network.compute_dtype == "float32"
+        with run.strategy.scope():
+            raw = model.network if self.is_float32 else make_ema_network(model.network)
+        self.networks = {"raw": raw, "ema": model.ema_network}
+        share = -(-run.config.sample.num_images // run.cluster.size)
+        self.part = slice(run.cluster.index * share, (run.cluster.index + 1) * share)
+        self._brightness_of_data = functools.cache(lambda: _brightness(run.source))
 
-    def draw(step):
-        if not is_float32:
-            networks["raw"].set_weights(model.network.get_weights())
+    def is_drawn(self, step: int) -> bool:
+        return os.path.exists(grid_path(self.run.workdir, step))
+
+    def draw(self, step: int) -> dict[str, np.ndarray]:
+        """{network: uint8 [N, H, W, C]}: this worker's part of the images. It does not talk to other workers."""
+        s = self.run.config.sample
+        if not self.is_float32:
+            self.networks["raw"].set_weights(self.model.network.get_weights())
         tf.config.experimental.enable_tensor_float_32_execution(False)
         try:
-            return {name: sample_in_batches(n, sampler, s, part=part, draw=draws[name]) for name, n in networks.items()}
+            return {name: self._images(network) for name, network in self.networks.items()}
         except (tf.errors.ResourceExhaustedError, MemoryError) as e:
             raise InputError(
                 f"Out of memory while the grid of step {step} was drawn, sample.batch_size={s.batch_size} images at once: "
-                f"lower it. The checkpoints in {workdir} are kept, and the same command goes on."
+                f"lower it. The checkpoints in {self.run.workdir} are kept, and the same command resumes the run."
             ) from e
         finally:
-            tf.config.experimental.enable_tensor_float_32_execution(config.train.tf32)
+            tf.config.experimental.enable_tensor_float_32_execution(self.run.config.train.tf32)
 
-    def show(step, drawn):
-        for name, own in drawn.items():
-            everyone = np.zeros((s.num_images, *own.shape[1:]), np.int32)
-            everyone[part] = own
-            everyone = cluster.all_reduce(everyone).astype(np.uint8)
-            if not cluster.is_chief:
+    def _images(self, network: tf.keras.Model) -> np.ndarray:
+        s = self.run.config.sample
+        batches = generate(
+            network, self.sampler, num_images=s.num_images, seed=s.seed, part=self.part, batch_size=s.batch_size,
+            strategy=self.run.strategy,
+        )  # fmt: skip
+        parts = [batch.images for batch in batches]
+        return np.concatenate([np.zeros((0, *network.image_shape), np.uint8), *parts])
+
+    def show(self, step: int, drawn: dict[str, np.ndarray]) -> None:
+        """Put the workers' parts together. The chief writes the grids, and logs mean and deviation of their pixels beside
+        the data's, where a colour shift shows."""
+        for name, own_part in drawn.items():
+            all_images = np.zeros((self.run.config.sample.num_images, *own_part.shape[1:]), np.int32)
+            all_images[self.part] = own_part
+            all_images = self.run.cluster.all_reduce(all_images).astype(np.uint8)
+            if self.summaries is None:  # not the chief
                 continue
-            mean, deviation = everyone.mean(), everyone.std()
+            mean, deviation = all_images.mean(), all_images.std()
             logging.info(
                 "step %d  pixels of the samples (%s): mean %.1f, deviation %.1f; of the data: %s",
-                step, name, mean, deviation, brightness_of_data(),
+                step, name, mean, deviation, self._brightness_of_data(),
             )  # fmt: skip
-            summaries.scalar(f"pixel_mean_{name}", mean, step)
-            summaries.scalar(f"pixel_deviation_{name}", deviation, step)
-            grid = make_picture(everyone)
-            summaries.image(f"samples_{name}", grid, step)
-            images.save_png(grid_path(workdir, step, name), grid)
+            self.summaries.scalar(f"pixel_mean_{name}", mean, step)
+            self.summaries.scalar(f"pixel_deviation_{name}", deviation, step)
+            grid = images.picture(all_images)
+            self.summaries.image(f"samples_{name}", grid, step)
+            with files.atomic_file(grid_path(self.run.workdir, step, name), "wb", sync=False) as f:
+                f.write(images.png_bytes(grid))
 
-    return draw, show
 
-
-def _brightness_of_data(source):
-    """Mean and deviation of the first images, as text; a file that breaks is for training to tell."""
+def _brightness(source: Source) -> str:
+    """Mean and deviation of the first images, as text. A file that breaks is no error here: training reports it."""
     count = min(source.num_examples, _COMPARED)
     try:
         data = source.read(tf.range(count, dtype=tf.int64))["image"].numpy()

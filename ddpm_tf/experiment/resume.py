@@ -3,120 +3,141 @@
 import json
 import os
 import time
+from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
 from absl import logging
+from ml_collections import ConfigDict
 
+from ddpm_tf import builders, files, text
 from ddpm_tf import config as config_lib
-from ddpm_tf.cluster.meeting import JOIN_TIMEOUT_S
-from ddpm_tf.data import manifest
-from ddpm_tf.data.manifest import difference
+from ddpm_tf.data.manifest import Manifest, difference
 from ddpm_tf.errors import InputError
+from ddpm_tf.experiment.run import Run, StartOptions, read_config
 from ddpm_tf.storage import checkpoints
+from ddpm_tf.storage import workdir as workdir_lib
 from ddpm_tf.storage.bundles import assign
 from ddpm_tf.storage.fingerprint import changes
-from ddpm_tf.storage.workdir import check_same, newest
+from ddpm_tf.training.model import DiffusionModel
 
-NAN_POLICIES = ("skip", "stop")
+# What a run that was killed in its first moments may have left.
+_BEFORE_CONFIG = {".lock", "ckpt", "samples", "data.json", "data.json.tmp"}
 
 
-class StartOptions(NamedTuple):
-    """What holds for one start of a run, and is not part of its config.
+class InitialWeights(NamedTuple):
+    """The newest checkpoint of the workdir that --init_from names."""
 
-    download: let TFDS fetch a data set that is not prepared.
-    grace_period_s: after SIGTERM or SIGINT, seconds in which the step is finished and its state saved.
-    nan_policy: skip (up to train.max_skipped_steps in a row), or stop at the first step that is not finite.
-    init_from: a workdir whose weights and moving average a new run begins with, at step 0; "": none.
-    restart_from_scratch: move what the workdir holds to old-TIME/ in it, and begin at step 0.
-    ema_from_weights: where a checkpoint has no moving average, begin it with the weights.
-    allow_data_change: go on although the data set is not the one the run began with.
-    require_exact: refuse to go on where the result would not be bit-exact.
-    strategy: auto, default, mirrored or multi_worker, see `make_strategy`.
-    join_timeout_s: how long the workers of a run wait for each other at its start.
+    step: int
+    tensors: dict[str, np.ndarray]
+
+
+def check_workdir(config: ConfigDict, workdir: str, *, restart: bool = False) -> None:
+    """Refuse a folder of something else, and a run whose fixed fields differ.
+
+    Args:
+        restart: what the folder holds is going to be moved away.
+
+    Raises:
+        InputError
     """
+    if os.path.exists(workdir) and not os.path.isdir(workdir):
+        raise InputError(f"--workdir={workdir} is a file; expected a folder.")
+    if os.path.exists(workdir_lib.config_path(workdir)):
+        if not restart:
+            check_same_run(read_config(workdir), config, f"--workdir={workdir}")
+        return
+    if checkpoints.list_steps(workdir_lib.checkpoints_folder(workdir)) and not restart:
+        raise InputError(f"--workdir={workdir} has checkpoints but no config.json; restore it or use another workdir.")
+    names = sorted(set(os.listdir(workdir)) - _BEFORE_CONFIG) if os.path.isdir(workdir) else []
+    if restart and any(name.startswith("old-") for name in names):  # a restart that was stopped while it moved things
+        return
+    foreign = [name for name in names if not name.startswith((".tmp-", "config.json", "old-"))]
+    if foreign:
+        raise InputError(
+            f"--workdir={workdir} holds {foreign[0]!r} and no config.json: it is no workdir of this program, and nothing "
+            "is written over. Use a new or an empty folder."
+        )
 
-    download: bool = False
-    grace_period_s: float = 30.0
-    nan_policy: str = "skip"
-    init_from: str = ""
-    restart_from_scratch: bool = False
-    ema_from_weights: bool = False
-    allow_data_change: bool = False
-    require_exact: bool = False
-    strategy: str = "auto"
-    join_timeout_s: float = JOIN_TIMEOUT_S
+
+def check_same_run(old: ConfigDict, new: ConfigDict, origin: str) -> None:
+    """Refuse fixed fields that differ, with a table; `origin` says where the old config stands."""
+    changed = [(field.path, repr(a), repr(b)) for field, a, b in config_lib.differences(old, new) if not field.free]
+    if changed:
+        table = text.table(changed, header=("field", "workdir", "now"), right=[1, 2]).replace("\n", "\n  ")
+        raise InputError(
+            f"{origin} was made with another config; these fields cannot change when a run is resumed:\n  {table}\n"
+            "Use another workdir, or the workdir's values."
+        )
 
 
-def restore(model, config, workdir, start, *, fingerprint, initial=None):
-    """Give the model what the run goes on from; returns the completed steps, 0 for a new run.
+def restore(run: Run, model: DiffusionModel, initial: InitialWeights | None = None) -> int:
+    """Give the model the state that the run continues from; returns the completed steps, 0 for a new run.
 
     Args:
         initial: from `load_initial`, what a new run begins with.
 
     Raises:
-        InputError: tensors or a config that do not fit, and what `start` refuses.
+        InputError: tensors or a config that do not fit, and what the options refuse.
         NoValidCheckpointError: checkpoints of which none verifies.
         StorageError: no room for a checkpoint.
     """
-    folder = os.path.join(workdir, "ckpt")
-    variables = checkpoints.variables_by_name(model)
-    checkpoints.sweep(folder)
+    folder, variables = run.checkpoints_folder, model.state()
+    files.sweep(folder)
     checkpoints.check_space(folder, {name: v.numpy() for name, v in variables.items()})
     latest = checkpoints.restore_latest(folder, quarantine=True)
     if latest is None:
         if initial is not None:
-            _begin_from(model, initial, start)
+            _begin_from(model, initial, run.options)
         return 0
     step, tensors = latest
-    meta = checkpoints.read_meta(folder, step)
+    meta, origin = checkpoints.read_meta(folder, step), f"The checkpoint of step {step} in {run.workdir}"
     if "config" in meta:
-        origin = f"The checkpoint of step {step} in {workdir}"
-        check_same(config_lib.from_json(json.dumps(meta["config"]), origin), config, origin)
-    _check_exact(meta.get("fingerprint"), fingerprint, step, start)
-    tensors = _with_ema(tensors, start, f"The checkpoint of step {step}")
-    assign(variables, tensors, f"The checkpoint of step {step}")
-    if model.skipped_in_a_row.numpy() >= model.max_skipped_steps:  # the limit was lowered
-        model.skipped_in_a_row.assign(0)
-    if start.init_from:
-        logging.info("--init_from is not used: %s has gone on to step %d since.", workdir, step)
-    logging.info("Going on from step %d of %s.", step, workdir)
+        # config.json said already what the fields mean that an older version lacks.
+        old = config_lib.from_json(json.dumps(meta["config"]), origin, version=meta.get("version"), log=logging.debug)
+        check_same_run(builders.without_foreign_settings(old, origin), run.config, origin)
+    _check_exact(meta.get("fingerprint"), run.fingerprint, step, run.options)
+    assign(variables, _with_ema(tensors, run.options, origin), origin)
+    if model.skipped.in_a_row.numpy() >= model.max_skipped_steps:  # the limit was lowered
+        model.skipped.in_a_row.assign(0)
+    if run.options.init_from:
+        logging.info("--init_from is not used: %s has reached step %d already.", run.workdir, step)
+    logging.info("Resuming %s after step %d.", run.workdir, step)
     return step
 
 
-def load_initial(workdir, start):
-    """What a new run begins with: (step, {name: array}) of --init_from, or None."""
-    is_new = start.restart_from_scratch or not checkpoints.list_steps(os.path.join(workdir, "ckpt"))
-    return newest(start.init_from) if start.init_from and is_new else None
+def load_initial(workdir: str, options: StartOptions) -> InitialWeights | None:
+    """What a new run begins with, where --init_from names a workdir; else None."""
+    steps = checkpoints.list_steps(workdir_lib.checkpoints_folder(workdir))
+    is_new = options.restart_from_scratch or not steps
+    return InitialWeights(*workdir_lib.read_newest(options.init_from)) if options.init_from and is_new else None
 
 
-def check_data(source, workdir, start, *, found=None):
-    """Compare the data set with the one the run began with; returns its manifest, to be written to data.json.
-
-    found: the manifest, where the caller has it.
+def check_data(data: Manifest, workdir: str, options: StartOptions) -> None:
+    """Compare the data set with the one that the run began with.
 
     Raises:
         InputError: another data set, with the counts and the first file that differs.
     """
-    path, found = os.path.join(workdir, "data.json"), found or manifest(source)
+    path = workdir_lib.data_path(workdir)
     if not os.path.exists(path):
-        return found
+        return
     try:
-        with open(path) as f:
-            changed = difference(json.load(f), found)
+        with open(path, encoding="utf-8") as f:
+            changed = difference(json.load(f), data)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
         raise InputError(f"{path} cannot be read ({e}). Restore it, or remove it to take the data as they are.") from e
     if changed is None:
-        return found
-    if not start.allow_data_change:
+        return
+    if not options.allow_data_change:
         raise InputError(
             f"The data set is not the one that --workdir={workdir} began with: {changed}. Restore the data, use another "
             "workdir, or go on with these by --allow_data_change."
         )
-    logging.warning("Going on with another data set: %s. The run is not bit-exact any more.", changed)
-    return found
+    logging.warning("Resuming with another data set: %s. The run is not bit-exact any more.", changed)
 
 
-def move_away(workdir):
+def move_away(workdir: str) -> None:
     """Move everything in a workdir but its lock to old-TIME/ in it."""
     names = [n for n in os.listdir(workdir) if n != ".lock" and not n.startswith("old-")]
     if not names:
@@ -127,39 +148,40 @@ def move_away(workdir):
     os.mkdir(old)
     for name in sorted(names, key=lambda name: name == "config.json"):  # last: until then it is a workdir
         os.rename(os.path.join(workdir, name), os.path.join(old, name))
-    for name in ("ckpt", "samples"):
-        os.mkdir(os.path.join(workdir, name))
+    for folder in (workdir_lib.checkpoints_folder(workdir), workdir_lib.samples_folder(workdir)):
+        os.mkdir(folder)
     logging.info("What %s held is in %s now.", workdir, old)
 
 
-def _begin_from(model, initial, start):
-    """Weights and moving average of another run, step 0."""
-    step, tensors = initial
-    tensors = _with_ema(tensors, start, f"The checkpoint of step {step} of --init_from={start.init_from}")
-    groups = ("network/", "ema/")
-    variables = {n: v for n, v in checkpoints.variables_by_name(model).items() if n.startswith(groups)}
-    assign(variables, {n: t for n, t in tensors.items() if n.startswith(groups)}, f"--init_from={start.init_from}")
-    logging.info("Beginning at step 0 with the weights of step %d of %s.", step, start.init_from)
+def _begin_from(model: DiffusionModel, initial: InitialWeights, options: StartOptions) -> None:
+    """Weights and moving average of another run, at step 0."""
+    origin = f"The checkpoint of step {initial.step} of --init_from={options.init_from}"
+    tensors, groups = _with_ema(initial.tensors, options, origin), ("network/", "ema/")
+    variables = {n: v for n, v in model.state().items() if n.startswith(groups)}
+    wanted = {n: t for n, t in tensors.items() if n.startswith(groups)}
+    assign(variables, wanted, f"--init_from={options.init_from}")
+    logging.info("Beginning at step 0 with the weights of step %d of %s.", initial.step, options.init_from)
 
 
-def _with_ema(tensors, start, origin):
+def _with_ema(tensors: Mapping[str, np.ndarray], options: StartOptions, origin: str) -> dict[str, np.ndarray]:
     if any(name.startswith("ema/") for name in tensors):
-        return tensors
-    if not start.ema_from_weights:
+        return dict(tensors)
+    if not options.ema_from_weights:
         raise InputError(
-            f"{origin} has no moving average of the weights (ema/*). --ema_from_weights begins it with them."
+            f"{origin} has no moving average of the weights (ema/*). --ema_from_weights begins it with the weights."
         )
     logging.warning("%s has no moving average; it begins with the weights.", origin)
-    return tensors | {f"ema/{n.removeprefix('network/')}": t for n, t in tensors.items() if n.startswith("network/")}
+    average = {f"ema/{n.removeprefix('network/')}": t for n, t in tensors.items() if n.startswith("network/")}
+    return dict(tensors) | average
 
 
-def _check_exact(old, new, step, start):
-    """Say what keeps the run from being bit-exact; an error under --require_exact."""
+def _check_exact(old: dict | None, new: dict, step: int, options: StartOptions) -> None:
+    """Log what keeps the resumed run from being bit-exact; under --require_exact it is an error."""
     changed = changes(old, new) if old else ["it was not made by training, and holds no fingerprint"]
     if not changed:
         return
-    if start.require_exact:
+    if options.require_exact:
         raise InputError(
-            f"--require_exact: going on from step {step} would not be bit-exact any more:\n  " + "\n  ".join(changed)
+            f"--require_exact: the run would not be bit-exact any more after step {step}:\n  " + "\n  ".join(changed)
         )
-    logging.warning("From step %d on the run is not bit-exact any more: %s.", step, "; ".join(changed))
+    logging.warning("After step %d the run is not bit-exact any more: %s.", step, "; ".join(changed))

@@ -9,9 +9,11 @@ import signal
 
 import tensorflow as tf
 from absl import logging
+from ml_collections import ConfigDict
 
-from ddpm_tf import builders
+from ddpm_tf import builders, files
 from ddpm_tf import config as config_lib
+from ddpm_tf.cluster.cluster import Cluster
 from ddpm_tf.cluster.strategy import configure_devices, count_replicas, distribute, make_strategy
 from ddpm_tf.data.manifest import digest, manifest
 from ddpm_tf.errors import (
@@ -19,23 +21,24 @@ from ddpm_tf.errors import (
     DataNotFoundError,
     InputError,
     Interrupted,
+    RunError,
     StorageError,
     storage_advice,
-    unknown_name,
 )
-from ddpm_tf.experiment.every_step import make_callbacks
+from ddpm_tf.experiment.callbacks import RunCallbacks, make_callbacks
 from ddpm_tf.experiment.grids import grid_path
-from ddpm_tf.experiment.resume import NAN_POLICIES, StartOptions, check_data, load_initial, move_away, restore
-from ddpm_tf.files import write_text
-from ddpm_tf.storage import checkpoints
+from ddpm_tf.experiment.resume import check_data, check_workdir, load_initial, move_away, restore
+from ddpm_tf.experiment.run import Run, StartOptions, read_config
+from ddpm_tf.storage import checkpoint_folder, checkpoints
+from ddpm_tf.storage import workdir as workdir_lib
 from ddpm_tf.storage.fingerprint import code_digest
 from ddpm_tf.storage.fingerprint import fingerprint as make_fingerprint
-from ddpm_tf.storage.workdir import check_workdir, check_writable, locked, read_config
 from ddpm_tf.training.memory import estimate_step_memory
+from ddpm_tf.training.model import DiffusionModel
 
 
-def describe(config, strategy="auto"):
-    """What a run with this config would be, as text; needs no data and writes nothing.
+def dry_run(config: ConfigDict, strategy: str = "auto") -> str:
+    """What a run with this config would be, as text; it needs no data and writes nothing.
 
     Args:
         config: a ConfigDict of `config.default()`'s fields.
@@ -72,13 +75,16 @@ def describe(config, strategy="auto"):
     )
 
 
-def train(config, workdir, start=StartOptions()):  # noqa: B008 - immutable
-    """Train, or go on with, the run in `workdir`; ends with a sample grid.
+def train(config: ConfigDict, workdir: str, options: StartOptions = StartOptions()) -> str:  # noqa: B008 - immutable
+    """Train the run in `workdir`, or resume it; ends with a sample grid.
 
     Args:
         config: a ConfigDict of `config.default()`'s fields.
-        workdir: the run's folder; its newest checkpoint that verifies is gone on from.
-        start: StartOptions, what holds for this start alone.
+        workdir: the run's folder. The run is resumed from its newest checkpoint that verifies.
+        options: what holds for this start alone.
+
+    Returns:
+        What to do next, as text; "" on workers that are not the chief.
 
     Raises:
         InputError: a config, data set or workdir that cannot be used. Nothing has been written then.
@@ -90,163 +96,171 @@ def train(config, workdir, start=StartOptions()):  # noqa: B008 - immutable
         Interrupted: SIGTERM or SIGINT; the state was saved.
     """
     builders.check(config)
-    if start.nan_policy not in NAN_POLICIES:
-        raise unknown_name("--nan_policy", start.nan_policy, NAN_POLICIES)
-    for flag in ("grace_period_s", "join_timeout_s"):
-        if not 0 < getattr(start, flag) <= 1e6:
-            raise InputError(f"--{flag} must be above 0 and at most 1e6 seconds, found {getattr(start, flag)}.")
+    options.check()
     configure_devices(deterministic=config.train.deterministic, tf32=config.train.tf32)
-    if not os.environ.get("TF_CONFIG"):  # several workers wait for the chief, and hear of its mistakes
-        _check_workdir(config, workdir, start)
-    strategy, cluster = make_strategy(start.strategy, join_timeout_s=start.join_timeout_s)
+    strategy, cluster = make_strategy(options.strategy, join_timeout_s=options.join_timeout_s)
     with cluster.watched():
-        cluster.agree(_settings(config, start))
+        cluster.agree(_settings(config, options))
         with cluster.together():
-            is_finished = cluster.is_chief and _check_workdir(config, workdir, start)
+            is_finished = cluster.is_chief and _is_finished(config, workdir, options)
         if cluster.from_chief(is_finished):
-            step = checkpoints.list_steps(os.path.join(workdir, "ckpt"))[-1:] or [config.train.num_steps]
+            steps = checkpoints.list_steps(workdir_lib.checkpoints_folder(workdir)) or [config.train.num_steps]
             logging.info(
-                "Step %d of %d: nothing to do. A larger train.num_steps goes on.", step[0], config.train.num_steps
+                "Step %d of %d: nothing to do. A larger train.num_steps trains on.", steps[-1], config.train.num_steps
             )
         else:
-            _run(config, workdir, start, strategy, cluster)
-    if cluster.is_chief:
-        print(_where(workdir))
+            _train(config, workdir, options, strategy, cluster)
+    return _next_commands(workdir) if cluster.is_chief else ""
 
 
-def _check_workdir(config, workdir, start):
-    """Refuse a workdir that cannot be used; whether its run is finished, the last checkpoint whole and its grid drawn."""
-    check_writable(workdir)
-    check_workdir(config, workdir, fresh=start.restart_from_scratch)
-    if start.init_from:
-        read_config(start.init_from, flag="--init_from")
-    folder = os.path.join(workdir, "ckpt")
-    steps = [] if start.restart_from_scratch else checkpoints.list_steps(folder)
+def _is_finished(config: ConfigDict, workdir: str, options: StartOptions) -> bool:
+    """Refuse a workdir that cannot be used, before anything is built; whether its run is finished.
+
+    Finished means that the last checkpoint is whole and that its grid is drawn.
+    """
+    workdir_lib.check_writable(workdir)
+    check_workdir(config, workdir, restart=options.restart_from_scratch)
+    if options.init_from:
+        read_config(options.init_from, flag="--init_from")
+    folder = workdir_lib.checkpoints_folder(workdir)
+    steps = [] if options.restart_from_scratch else checkpoints.list_steps(folder)
     if not steps or steps[-1] < config.train.num_steps or not os.path.exists(grid_path(workdir, steps[-1])):
         return False
     try:
-        checkpoints.verify(checkpoints.step_folder(folder, steps[-1]))
-    except (InputError, OSError):  # told, and gone round, under the lock
+        checkpoint_folder.verify(checkpoints.step_folder(folder, steps[-1]))
+    except (RunError, OSError):
+        # Not an error here: restore() reports it and falls back to an older checkpoint, holding the lock.
         return False
     return True
 
 
-def _settings(config, start):
-    """What every worker must have alike before anything is built: config, code, and flags that change numbers."""
+def _settings(config: ConfigDict, options: StartOptions) -> dict:
+    """What must be the same on every worker before anything is built: config, code, and flags that change numbers."""
     fields = {f"--config.{field.path}": config_lib.get(config, field.path) for field in config_lib.FIELDS}
     gpus = len(tf.config.list_physical_devices("GPU"))
-    return {**fields, "--nan_policy": start.nan_policy, "code (SHA-256)": code_digest(), "GPUs": gpus}
+    return {**fields, "--nan_policy": options.nan_policy, "code (SHA-256)": code_digest(), "GPUs": gpus}
 
 
-def _run(config, workdir, start, strategy, cluster):
-    limit = 1 if start.nan_policy == "stop" else None
+def _train(
+    config: ConfigDict, workdir: str, options: StartOptions, strategy: tf.distribute.Strategy, cluster: Cluster
+) -> None:
+    limit = 1 if options.nan_policy == "stop" else None
     model = builders.build_model(config, strategy, max_skipped_steps=limit)
     with contextlib.ExitStack() as stack:
         with cluster.together():
-            source = builders.build_source(config, download=start.download, read_only=not cluster.is_chief)
+            source = builders.build_source(config, download=options.download, read_only=not cluster.is_chief)
             builders.build_dataset(config, source, start_step=0)
             data = manifest(source)
-            fingerprint = _fingerprint(config, strategy, cluster, data)
-        alike = {k: v for k, v in fingerprint.items() if k not in ("devices", "threads")}
-        cluster.agree({**alike, "data (SHA-256)": data["sha256"]})
+            fingerprint = _fingerprint(config, strategy, cluster, digest(data))
+        run = Run(
+            config=config, workdir=workdir, options=options, strategy=strategy, cluster=cluster, source=source, data=data,
+            fingerprint=fingerprint,
+        )  # fmt: skip
+        same_everywhere = {k: v for k, v in fingerprint.items() if k not in ("devices", "threads")}
+        cluster.agree({**same_everywhere, "data (SHA-256)": data["sha256"]})
         with cluster.together():
             if cluster.is_chief:
-                stack.enter_context(locked(workdir))
-                _begin(config, model, source, data, workdir, start, fingerprint)
-        cluster.broadcast(checkpoints.variables_by_name(model).values())
-        _fit(config, model, source, workdir, start, fingerprint, strategy, cluster)
+                stack.enter_context(workdir_lib.locked(workdir))
+                _begin(run, model)
+        cluster.broadcast(model.state().values())
+        _fit(run, model)
 
 
-def _begin(config, model, source, data, workdir, start, fingerprint):
-    """What the holder of the workdir's lock does first; leaves the model as the run goes on from."""
-    check_workdir(config, workdir, fresh=start.restart_from_scratch)  # again: another trainer may have been here
-    initial = load_initial(workdir, start)
-    if start.restart_from_scratch:
+def _begin(run: Run, model: DiffusionModel) -> None:
+    """What the holder of the workdir's lock does first; leaves the model in the state that the run continues from."""
+    config, workdir, options = run.config, run.workdir, run.options
+    # A second time: another training may have begun here before this one got the lock.
+    check_workdir(config, workdir, restart=options.restart_from_scratch)
+    initial = load_initial(workdir, options)
+    if options.restart_from_scratch:
         move_away(workdir)
-    check_data(source, workdir, start, found=data)
-    is_new = not os.path.exists(os.path.join(workdir, "config.json"))
-    start_step = restore(model, config, workdir, start, fingerprint=fingerprint, initial=initial)
+    check_data(run.data, workdir, options)
+    is_new = not os.path.exists(workdir_lib.config_path(workdir))
+    start_step = restore(run, model, initial)
     if not is_new and start_step == 0:
         logging.info("%s holds no checkpoint yet: starting at step 0.", workdir)
     if start_step % config.train.steps_per_execution:
         raise InputError(
-            f"The run goes on from step {start_step}, which is no multiple of train.steps_per_execution="
+            f"The run resumes after step {start_step}, which is no multiple of train.steps_per_execution="
             f"{config.train.steps_per_execution}. Use one that divides it, for example 1."
         )
-    _write_settings(workdir, config, data)
-    if initial is not None:  # at once, so that every later start goes on from these weights
-        tensors = {name: v.numpy() for name, v in checkpoints.variables_by_name(model).items()}
-        origin = {"workdir": os.path.abspath(start.init_from), "step": initial[0]}
-        meta = {"init_from": origin, "config": config.to_dict(), "fingerprint": fingerprint}
-        checkpoints.save(os.path.join(workdir, "ckpt"), 0, tensors, meta, keep=1)
+    files.write_text(workdir_lib.config_path(workdir), config_lib.to_json(config))
+    files.write_text(workdir_lib.data_path(workdir), json.dumps(run.data))
+    if initial is not None:  # at once, so that every later start continues from these weights
+        tensors = {name: v.numpy() for name, v in model.state().items()}
+        origin = {"workdir": os.path.abspath(options.init_from), "step": initial.step}
+        meta = {"init_from": origin, "config": config.to_dict(), "fingerprint": run.fingerprint}
+        checkpoints.save(run.checkpoints_folder, 0, tensors, meta, keep=1)
 
 
-def _fit(config, model, source, workdir, start, fingerprint, strategy, cluster):
+def _fit(run: Run, model: DiffusionModel) -> None:
+    config, cluster = run.config, run.cluster
     start_step, num_steps = int(model.optimizer.iterations.numpy()), config.train.num_steps
-    every_step = make_callbacks(config, model, source, workdir, start_step, start, fingerprint, strategy, cluster)
+    callbacks = make_callbacks(run, model, start_step)
     if start_step >= num_steps:
         logging.info("Step %d of %d: only its pictures are missing.", start_step, num_steps)
-        every_step["grids"].set_model(model)
-        every_step["grids"].on_train_begin()
+        callbacks.grids.set_model(model)
+        callbacks.grids.on_train_begin()
         return
     logging.info("Compiling the training step; the first steps take longer.")
     try:
-        model.fit(
-            distribute(
-                strategy,
-                cluster,
-                lambda part: builders.build_dataset(config, source, start_step=start_step, replicas=part),
-            ),
-            steps_per_epoch=num_steps - start_step,
-            verbose=0,
-            shuffle=False,
-            callbacks=list(every_step.values()),
+        batches = distribute(
+            run.strategy,
+            cluster,
+            lambda part: builders.build_dataset(config, run.source, start_step=start_step, replicas=part),
         )
-    except (tf.errors.ResourceExhaustedError, MemoryError) as e:
-        if checkpoints.is_full(e):
-            raise StorageError(f"{str(e).partition(chr(10))[0]} {storage_advice(e)}") from e
-        what = re.search(r"OOM when allocating tensor with \S+ and type \S+|Out of memory[^\n]*|$", str(e))[0]
-        raise InputError(
-            f"Out of memory with data.batch_size={config.data.batch_size} and {model.network.count_params():,} parameters"
-            f"{what and f' ({what})'}. Raise train.micro_batches, set network.remat, use more devices, or begin a new run "
-            f"with a smaller data.batch_size; --dry_run estimates what is needed. The last checkpoint in {workdir} is kept."
-        ) from e
-    except tf.errors.OpError as e:  # what a source raises arrives as the text of an op's error
-        found = re.search(r"InputError: (.*)", str(e))
-        if not found:
-            raise
-        raise BadDataError(f"{found[1]} Training stopped; the last checkpoint in {workdir} is kept.") from e
+        model.fit(batches, steps_per_epoch=num_steps - start_step, verbose=0, shuffle=False, callbacks=callbacks.all)
+    except (tf.errors.OpError, MemoryError) as e:
+        raise _explained(e, run, model) from e
     finally:
-        every_step["stop"].release()
-        if cluster.is_chief:
-            every_step["checkpoints"].wait()
+        callbacks.stop.release()
+        if callbacks.checkpoints:
+            callbacks.checkpoints.wait()
     cluster.barrier()  # the others leave once the chief has saved
-    number = every_step["stop"].signal
+    _raise_interrupted(run, model, callbacks)
+
+
+def _raise_interrupted(run: Run, model: DiffusionModel, callbacks: RunCallbacks) -> None:
+    """Raise Interrupted if a signal ended `fit`."""
+    number = callbacks.stop.signal
     if number is not None:
-        without = " without --restart_from_scratch" if start.restart_from_scratch else ""
+        without = " without --restart_from_scratch" if run.options.restart_from_scratch else ""
         raise Interrupted(
-            f"{signal.Signals(number).name}: stopped after step {model.optimizer.iterations.numpy()} of {num_steps}, whose "
-            f"state is saved. The same command{without} goes on.",
+            f"{signal.Signals(number).name}: stopped after step {model.optimizer.iterations.numpy()} of "
+            f"{run.config.train.num_steps}, whose state is saved. The same command{without} resumes the run.",
             number,
         )
 
 
-def _fingerprint(config, strategy, cluster, data):
+def _explained(error: Exception, run: Run, model: DiffusionModel) -> Exception:
+    """What an error that ended `fit` means for the user; the error itself, where it means nothing else."""
+    if isinstance(error, (tf.errors.ResourceExhaustedError, MemoryError)):
+        if checkpoints.is_full(error):
+            return StorageError(f"{str(error).partition(chr(10))[0]} {storage_advice(error)}")
+        match = re.search(r"OOM when allocating tensor with \S+ and type \S+|Out of memory[^\n]*", str(error))
+        return InputError(
+            f"Out of memory with data.batch_size={run.config.data.batch_size} and {model.network.count_params():,} parameters"
+            f"{f' ({match[0]})' if match else ''}. Raise train.micro_batches, set network.remat, use more devices, or begin a "
+            "new run with a smaller data.batch_size; --dry_run estimates what is needed. The last checkpoint in "
+            f"{run.workdir} is kept."
+        )
+    match = re.search(r"InputError: (.*)", str(error))  # what a source raises arrives as the text of an op's error
+    if match:
+        return BadDataError(f"{match[1]} Training stopped; the last checkpoint in {run.workdir} is kept.")
+    return error
+
+
+def _fingerprint(config: ConfigDict, strategy: tf.distribute.Strategy, cluster: Cluster, data_digest: str) -> dict:
     return make_fingerprint(
         strategy, workers=cluster.size, jit_compile=builders.uses_xla(config), deterministic=config.train.deterministic,
         precision=config.train.precision, tf32=config.train.tf32, micro_batches=config.train.micro_batches,
         remat=config.network.remat,
-        batch_size=config.data.batch_size, seed=config.seed, config=config_lib.digest(config), data=digest(data),
+        batch_size=config.data.batch_size, seed=config.seed, config=config_lib.digest(config), data=data_digest,
     )  # fmt: skip
 
 
-def _write_settings(workdir, config, data):
-    write_text(os.path.join(workdir, "config.json"), config_lib.to_json(config))
-    write_text(os.path.join(workdir, "data.json"), json.dumps(data))
-
-
-def _where(workdir):
+def _next_commands(workdir: str) -> str:
     return (
-        f"Pictures: {os.path.join(workdir, 'samples')}\n"
+        f"Pictures: {workdir_lib.samples_folder(workdir)}\n"
         f"Sample more: python run_sample.py --workdir={shlex.quote(workdir)} --num_images=64 --seed=1000"
     )

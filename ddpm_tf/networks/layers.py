@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from typing import Any
 
 import keras
 import numpy as np
@@ -15,32 +16,33 @@ GROUPS = 32
 ZERO_SCALE = 1e-10
 
 
-def timestep_embedding(t, width):
-    """Sinusoids of t: [sin(t f_k) | cos(t f_k)], f_k = 10000^(-k / (width/2 - 1)).
+def timestep_embedding(t: tf.Tensor, width: int, theta: float = 10000.0) -> tf.Tensor:
+    """Sinusoids of t: [sin(t f_k) | cos(t f_k)], f_k = theta^(-k / (width/2 - 1)).
 
     Args:
         t: int32 [B].
         width: number of columns; an odd width gets a last column of zeros.
+        theta: base of the frequencies, above 1.
 
     Returns:
         float32 [B, width].
     """
     half = width // 2
     # Original: the frequencies are a float32 exp; computed in float64 they differ by 2e-4 at t = 1000.
-    exponents = np.arange(half, dtype=np.float32) * np.float32(-math.log(10000) / (half - 1))
+    exponents = np.arange(half, dtype=np.float32) * np.float32(-math.log(theta) / (half - 1))
     angles = ops.cast(t, "float32")[:, None] * ops.exp(ops.convert_to_tensor(exponents))[None]  # [B, half]
     embedding = ops.concatenate([ops.sin(angles), ops.cos(angles)], axis=1)
     return ops.pad(embedding, [[0, 0], [0, width % 2]])
 
 
-def initializer(seed, name, scale=1.0):
+def initializer(seed: int, name: str, scale: float = 1.0) -> keras.initializers.Initializer:
     """Variance scaling, fan_avg, uniform, drawn from (seed, name): the same weights on every machine."""
     return keras.initializers.VarianceScaling(
         scale=scale, mode="fan_avg", distribution="uniform", seed=zlib.crc32(name.encode()) ^ seed
     )
 
 
-def swish(x):
+def swish(x: tf.Tensor) -> tf.Tensor:
     return x * ops.sigmoid(x)
 
 
@@ -54,23 +56,23 @@ class Block(keras.layers.Layer):
         dtype: Keras dtype or policy.
     """
 
-    def __init__(self, *, seed, name, dtype):
+    def __init__(self, *, seed: int, name: str, dtype: Any) -> None:
         super().__init__(name=name, dtype=dtype)
         self.seed = seed
 
-    def _init(self, sublayer, scale=1.0):
+    def _init(self, sublayer: str, scale: float = 1.0) -> keras.initializers.Initializer:
         return initializer(self.seed, f"{self.name}/{sublayer}", scale)
 
-    def conv(self, name, ch, *, stride=1, scale=1.0):
+    def conv(self, name: str, ch: int, *, stride: int = 1, scale: float = 1.0) -> keras.layers.Conv2D:
         return keras.layers.Conv2D(
             ch, 3, strides=stride, padding="same", name=name, dtype=self.dtype_policy,
             kernel_initializer=self._init(name, scale),
         )  # fmt: skip
 
-    def dense(self, name, ch, *, scale=1.0):
+    def dense(self, name: str, ch: int, *, scale: float = 1.0) -> keras.layers.Dense:
         return keras.layers.Dense(ch, name=name, dtype=self.dtype_policy, kernel_initializer=self._init(name, scale))
 
-    def norm(self, name):
+    def norm(self, name: str) -> keras.layers.GroupNormalization:
         return keras.layers.GroupNormalization(GROUPS, epsilon=1e-6, name=name, dtype=self.dtype_policy)
 
 
@@ -80,9 +82,11 @@ class TimeEmbedding(Block):
     Label `num_classes` is the null class: no condition.
     """
 
-    def __init__(self, ch, *, num_classes=None, seed, dtype, name="temb"):
+    def __init__(
+        self, ch: int, *, num_classes: int | None = None, theta: float, seed: int, dtype: Any, name: str = "temb"
+    ) -> None:
         super().__init__(seed=seed, name=name, dtype=dtype)
-        self.ch = ch
+        self.ch, self.theta = ch, theta
         self.dense0 = self.dense("dense0", 4 * ch)
         self.dense1 = self.dense("dense1", 4 * ch)
         self.labels = None
@@ -91,8 +95,8 @@ class TimeEmbedding(Block):
                 num_classes + 1, 4 * ch, name="labels", dtype=dtype, embeddings_initializer=self._init("labels")
             )
 
-    def call(self, t, labels=None):
-        temb = self.dense1(swish(self.dense0(timestep_embedding(t, self.ch))))  # [B, 4 ch]
+    def call(self, t: tf.Tensor, labels: tf.Tensor | None = None) -> tf.Tensor:
+        temb = self.dense1(swish(self.dense0(timestep_embedding(t, self.ch, self.theta))))  # [B, 4 ch]
         return temb if self.labels is None else temb + self.labels(labels)
 
 
@@ -105,7 +109,7 @@ class ResBlock(Block):
         index: position of this block in the network, so that no two masks are the same.
     """
 
-    def __init__(self, in_ch, ch, *, dropout, index, seed, name, dtype):
+    def __init__(self, in_ch: int, ch: int, *, dropout: float, index: int, seed: int, name: str, dtype: Any) -> None:
         super().__init__(seed=seed, name=name, dtype=dtype)
         self.ch, self.dropout, self.index = ch, dropout, index
         self.norm1, self.conv1 = self.norm("norm1"), self.conv("conv1", ch)
@@ -113,7 +117,7 @@ class ResBlock(Block):
         self.norm2, self.conv2 = self.norm("norm2"), self.conv("conv2", ch, scale=ZERO_SCALE)
         self.nin_shortcut = self.dense("nin_shortcut", ch) if in_ch != ch else None
 
-    def call(self, x, temb, dropout_seed=None):
+    def call(self, x: tf.Tensor, temb: tf.Tensor, dropout_seed: tf.Tensor | None = None) -> tf.Tensor:
         h = self.conv1(swish(self.norm1(x)))
         h = h + self.temb_proj(swish(temb))[:, None, None, :]
         h = swish(self.norm2(h))
@@ -127,14 +131,14 @@ class ResBlock(Block):
 class AttnBlock(Block):
     """Self-attention over the H W positions, one head, with a residual connection (proj_out: zero init)."""
 
-    def __init__(self, ch, *, seed, name, dtype):
+    def __init__(self, ch: int, *, seed: int, name: str, dtype: Any) -> None:
         super().__init__(seed=seed, name=name, dtype=dtype)
         self.ch = ch
         self.norm_in = self.norm("norm")
         self.q, self.k, self.v = (self.dense(n, ch) for n in "qkv")
         self.proj_out = self.dense("proj_out", ch, scale=ZERO_SCALE)
 
-    def call(self, x):
+    def call(self, x: tf.Tensor) -> tf.Tensor:
         h = self.norm_in(x)
         _, height, width, ch = x.shape
         q, k, v = (ops.reshape(f(h), (-1, height * width, ch)) for f in (self.q, self.k, self.v))
@@ -150,27 +154,27 @@ class AttnBlock(Block):
 class Downsample(Block):
     """Half the height and width: 3x3 convolution of stride 2 (SAME pads bottom and right), or 2x2 average."""
 
-    def __init__(self, ch, *, with_conv, seed, name, dtype):
+    def __init__(self, ch: int, *, with_conv: bool, seed: int, name: str, dtype: Any) -> None:
         super().__init__(seed=seed, name=name, dtype=dtype)
         self.op = self.conv("conv", ch, stride=2) if with_conv else keras.layers.AveragePooling2D(2, dtype=dtype)
 
-    def call(self, x):
+    def call(self, x: tf.Tensor) -> tf.Tensor:
         return self.op(x)
 
 
 class Upsample(Block):
     """Twice the height and width: nearest neighbour, then a 3x3 convolution unless `with_conv` is False."""
 
-    def __init__(self, ch, *, with_conv, seed, name, dtype):
+    def __init__(self, ch: int, *, with_conv: bool, seed: int, name: str, dtype: Any) -> None:
         super().__init__(seed=seed, name=name, dtype=dtype)
         self.op = self.conv("conv", ch) if with_conv else None
 
-    def call(self, x):
+    def call(self, x: tf.Tensor) -> tf.Tensor:
         x = ops.repeat(ops.repeat(x, 2, axis=1), 2, axis=2)
         return x if self.op is None else self.op(x)
 
 
-def stateless_dropout(x, rate, dropout_seed, index):
+def stateless_dropout(x: tf.Tensor, rate: float, dropout_seed: tf.Tensor, index: int) -> tf.Tensor:
     """Inverted dropout whose mask is a function of the example's seed and the layer's index.
 
     Args:

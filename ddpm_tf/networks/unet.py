@@ -1,9 +1,13 @@
 """The U-Net of Ho et al. 2020 (appendix B): 35.7 M parameters for CIFAR-10, 114 M for 256x256."""
 
+import math
+from typing import Any
+
 import keras
 import tensorflow as tf
 
 from ddpm_tf.errors import InputError
+from ddpm_tf.networks.contract import Inputs
 from ddpm_tf.networks.layers import (
     GROUPS,
     ZERO_SCALE,
@@ -34,6 +38,7 @@ class UNet(keras.Model):
             convolution, and back after the last; the heights of the levels are counted after it. Saves memory.
         num_classes: number of labels 0 .. num_classes - 1 of a class-conditional network, which also takes the null
             label num_classes; None: unconditional.
+        theta: base of the time embedding's frequencies, above 1; the paper's is 10000.
         remat: gradient checkpointing: the activations inside residual and attention blocks are not kept for the gradient
             but computed again. Less memory, more time; the same loss and gradients but for rounding.
         seed: of the initial weights.
@@ -45,41 +50,43 @@ class UNet(keras.Model):
 
     Raises:
         InputError: sizes that the levels do not divide, channels that 32 groups do not divide, attention at
-            a height that no level has, a dropout rate outside [0, 1).
+            a height that no level has, a dropout rate outside [0, 1), theta of 1 or less.
     """
 
     def __init__(
         self,
-        image_shape,
+        image_shape: tuple[int, int, int],
         *,
-        out_channels=None,
-        ch=128,
-        ch_mult=(1, 2, 2, 2),
-        num_res_blocks=2,
-        attn_resolutions=(16,),
-        dropout=0.0,
-        resamp_with_conv=True,
-        num_classes=None,
-        block_size=1,
-        remat=False,
-        seed=0,
-        dtype=None,
-        name="model",
-        trainable=True,
-    ):
+        out_channels: int | None = None,
+        ch: int = 128,
+        ch_mult: tuple[int, ...] = (1, 2, 2, 2),
+        num_res_blocks: int = 2,
+        attn_resolutions: tuple[int, ...] = (16,),
+        dropout: float = 0.0,
+        resamp_with_conv: bool = True,
+        num_classes: int | None = None,
+        block_size: int = 1,
+        theta: float = 10000.0,
+        remat: bool = False,
+        seed: int = 0,
+        dtype: Any = None,
+        name: str = "model",
+        trainable: bool = True,
+    ) -> None:
         super().__init__(name=name, dtype=dtype, trainable=trainable)
-        self.image_shape = tuple(image_shape)
-        self.out_channels = out_channels or self.image_shape[-1]
+        height, width, channels = image_shape
+        self.image_shape = (height, width, channels)
+        self.out_channels = out_channels or channels
         self.ch, self.ch_mult, self.num_res_blocks = ch, tuple(ch_mult), num_res_blocks
         self.attn_resolutions, self.dropout = tuple(attn_resolutions), dropout
         self.resamp_with_conv, self.num_classes = resamp_with_conv, num_classes
-        self.block_size, self.remat, self.seed = block_size, remat, seed
+        self.block_size, self.theta, self.remat, self.seed = block_size, theta, remat, seed
         self.check(
             self.image_shape, ch=ch, ch_mult=self.ch_mult, num_res_blocks=num_res_blocks,
-            attn_resolutions=self.attn_resolutions, dropout=dropout, block_size=block_size,
+            attn_resolutions=self.attn_resolutions, dropout=dropout, block_size=block_size, theta=theta,
         )  # fmt: skip
         if self.out_channels < 1:
-            raise InputError(f"network.out_channels must be at least 1, found {self.out_channels}.")
+            raise InputError(f"out_channels must be at least 1, found {self.out_channels}.")
         self._make_layers()
         # Variables are made by one symbolic call, so that their paths carry the names of all parents.
         inputs = {
@@ -91,58 +98,70 @@ class UNet(keras.Model):
         self(inputs)
 
     @staticmethod
-    def check(image_shape, *, ch, ch_mult, num_res_blocks, attn_resolutions, dropout, block_size):
-        """Refuse sizes that do not fit each other; makes nothing.
+    def check(
+        image_shape: tuple[int, int, int],
+        *,
+        ch: int,
+        ch_mult: tuple[int, ...],
+        num_res_blocks: int,
+        attn_resolutions: tuple[int, ...],
+        dropout: float,
+        block_size: int,
+        theta: float = 10000.0,
+        resamp_with_conv: bool = True,
+        remat: bool = False,
+    ) -> None:
+        """Refuse sizes that do not fit each other; make nothing.
 
         Raises:
             InputError
         """
         height, width, _ = image_shape
         if not ch_mult or any(not isinstance(m, int) or m < 1 for m in ch_mult):
-            raise InputError(f"network.ch_mult must be positive integers, one per level, found {ch_mult}.")
+            raise InputError(f"ch_mult must be positive integers, one per level, found {ch_mult}.")
         for name, value in (("ch", ch), ("num_res_blocks", num_res_blocks), ("block_size", block_size)):
             if value < 1:
-                raise InputError(f"network.{name} must be at least 1, found {value}.")
+                raise InputError(f"{name} must be at least 1, found {value}.")
+        if not 1 < theta < math.inf:
+            raise InputError(f"theta must be above 1, found {theta}.")
         factor = block_size * 2 ** (len(ch_mult) - 1)
         if height % factor or width % factor:
             blocks = f"cut into {block_size}x{block_size} blocks and " if block_size > 1 else ""
             raise InputError(
                 f"An image of {height}x{width} cannot be {blocks}halved {len(ch_mult) - 1} times: height and "
-                f"width must be multiples of {factor}. Change network.ch_mult (it has {len(ch_mult)} levels), "
-                f"{'network.block_size, ' if block_size > 1 else ''}data.image_size or data.image_width."
+                f"width must be multiples of {factor}. Change the image size, ch_mult (it has {len(ch_mult)} levels)"
+                f"{' or block_size' if block_size > 1 else ''}."
             )
         bad = [ch * m for m in ch_mult if ch * m % GROUPS] + [ch] * (ch % GROUPS > 0)
         if bad:
             raise InputError(
-                f"network.ch times network.ch_mult gives {bad[0]} channels, which {GROUPS} normalisation groups do "
+                f"ch times ch_mult gives {bad[0]} channels, which {GROUPS} normalisation groups do "
                 f"not divide; use multiples of {GROUPS}."
             )
         heights = [height // block_size >> level for level in range(len(ch_mult))]
         missing = [r for r in attn_resolutions if r not in heights]
         if missing:
-            raise InputError(
-                f"network.attn_resolutions names height {missing[0]}, but the levels have heights {heights}."
-            )
+            raise InputError(f"attn_resolutions names height {missing[0]}, but the levels have heights {heights}.")
         if not 0 <= dropout < 1:
-            raise InputError(f"network.dropout must be within [0, 1), found {dropout}.")
+            raise InputError(f"dropout must be within [0, 1), found {dropout}.")
 
-    def _make_layers(self):
+    def _make_layers(self) -> None:
         """One list of steps per path: ("res" | "attn" | "resample", layer), in the order of the original."""
         common = {"seed": self.seed, "dtype": self.dtype_policy}
         levels = len(self.ch_mult)
         self._num_blocks = 0
 
-        def res(name, in_ch, ch):
+        def res(name: str, in_ch: int, ch: int) -> ResBlock:
             self._num_blocks += 1
             return ResBlock(in_ch, ch, dropout=self.dropout, index=self._num_blocks, name=name, **common)
 
-        def attn(name, ch):
+        def attn(name: str, ch: int) -> AttnBlock:
             return AttnBlock(ch, name=name, **common)
 
-        def has_attn(level):
+        def has_attn(level: int) -> bool:
             return self.image_shape[0] // self.block_size >> level in self.attn_resolutions
 
-        self.temb = TimeEmbedding(self.ch, num_classes=self.num_classes, **common)
+        self.temb = TimeEmbedding(self.ch, num_classes=self.num_classes, theta=self.theta, **common)
         self.conv_in = self._conv("conv_in", self.ch)
         self.down, self.up = [], []
         h, skips = self.ch, [self.ch]
@@ -171,13 +190,13 @@ class UNet(keras.Model):
         self.norm_out = keras.layers.GroupNormalization(GROUPS, epsilon=1e-6, name="norm_out", dtype=self.dtype_policy)
         self.conv_out = self._conv("conv_out", self.out_channels * self.block_size**2, ZERO_SCALE)
 
-    def _conv(self, name, ch, scale=1.0):
+    def _conv(self, name: str, ch: int, scale: float = 1.0) -> keras.layers.Conv2D:
         return keras.layers.Conv2D(
             ch, 3, padding="same", name=name, dtype=self.dtype_policy,
             kernel_initializer=initializer(self.seed, name, scale),
         )  # fmt: skip
 
-    def call(self, inputs, training=False, dropout_seed=None):
+    def call(self, inputs: Inputs, training: bool = False, dropout_seed: tf.Tensor | None = None) -> tf.Tensor:
         if training and self.dropout and dropout_seed is None:
             raise InputError("Training with dropout needs dropout_seed, int32 [B, 2].")
         seed = dropout_seed if training else None
@@ -186,7 +205,7 @@ class UNet(keras.Model):
         x_t = inputs["x_t"]
         h = self.conv_in(x_t if self.block_size == 1 else tf.nn.space_to_depth(x_t, self.block_size))
 
-        def run(layer, *h):
+        def run(layer: keras.layers.Layer, *h: tf.Tensor) -> tf.Tensor:
             if isinstance(layer, ResBlock):
                 # Joined inside the block, so that with remat the joined tensor is not kept either.
                 return recomputed(lambda temb, *h: layer(keras.ops.concatenate(h, axis=-1), temb, seed))(temb, *h)
@@ -206,7 +225,7 @@ class UNet(keras.Model):
         h = tf.cast(self.conv_out(swish(self.norm_out(h))), tf.float32)
         return h if self.block_size == 1 else tf.nn.depth_to_space(h, self.block_size)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             "image_shape": self.image_shape,
             "out_channels": self.out_channels,
@@ -218,6 +237,7 @@ class UNet(keras.Model):
             "resamp_with_conv": self.resamp_with_conv,
             "num_classes": self.num_classes,
             "block_size": self.block_size,
+            "theta": self.theta,
             "remat": self.remat,
             "seed": self.seed,
             "dtype": keras.saving.serialize_keras_object(self.dtype_policy),

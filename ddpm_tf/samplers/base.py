@@ -1,54 +1,70 @@
-"""What every sampler is: a pure step over a (respaced) chain."""
+"""What every sampler is: a pure step from one noise level to another, over a (respaced) chain."""
 
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from ddpm_tf.diffusion.process import GaussianDiffusion, PMeanVariance
+from ddpm_tf.samplers.plan import Move, Plan, descending
+
+# denoise(x [B, H, W, C], i int32 [B]) -> PMeanVariance, where i is an index of the sampler's chain
+DenoiseFunction = Callable[[tf.Tensor, tf.Tensor], PMeanVariance]
+
 
 class StepOutput(NamedTuple):
-    """x: the image at the next lower index; x_0: the step's prediction of the clean image; both [B, H, W, C].
-    state: whatever the sampler carries from step to step, always of the same structure."""
+    """What a step returns.
+
+    x: the image at the level where the move ends, [B, H, W, C].
+    x_0: the clean image that the step predicted, [B, H, W, C].
+    memory: what the sampler carries to the next step, always of the same structure.
+    """
 
     x: tf.Tensor
     x_0: tf.Tensor
-    state: Any
+    memory: Any
 
 
 class Sampler:
-    """A sampler over the chain `diffusion`; indices i = S-1 ... 0 are indices of that chain.
+    """A sampler over the chain `diffusion`.
+
+    Args:
+        diffusion: GaussianDiffusion, respaced to the S timesteps that are visited.
+        clip: whether the predicted x_0 is clipped to [-1, 1]; the denoiser does it.
 
     Attributes:
-        diffusion: GaussianDiffusion, respaced to the S steps that are visited.
-        needs_noise: whether `step` uses its noise. A sampler that does not is a function of x_T.
+        plan: the moves that the sampler makes.
+        needs_noise: whether `step` uses its noise. A sampler that does not use it is a function of x_T.
     """
 
     needs_noise = True
 
-    def __init__(self, diffusion):
-        self.diffusion = diffusion
-        self.compiled = weakref.WeakKeyDictionary()  # network -> the loop's tf.functions, see loop.py
+    def __init__(self, diffusion: GaussianDiffusion, *, clip: bool = True) -> None:
+        self.diffusion, self.clip = diffusion, clip
+        self.plan: Plan = descending(diffusion.num_timesteps)
+        self.compiled: weakref.WeakKeyDictionary = (
+            weakref.WeakKeyDictionary()
+        )  # network -> tf.functions, see drawing.py
 
     @property
-    def num_steps(self):
-        """S, the number of steps."""
+    def num_steps(self) -> int:
+        """S, the number of timesteps that are visited."""
         return self.diffusion.num_timesteps
 
-    def init_state(self, x_T):
-        """The state before the first step; () for samplers without memory."""
+    def init_memory(self, x_T: tf.Tensor) -> Any:
+        """The memory before the first step; () for samplers without memory."""
         return ()
 
-    def step(self, denoise_fn, x_t, i, noise, state):
-        """From index i to i - 1.
+    def step(
+        self, denoise: DenoiseFunction, x: tf.Tensor, move: Move, noise: tf.Tensor | None, memory: Any
+    ) -> StepOutput:
+        """Make one move.
 
         Args:
-            denoise_fn: (x_t [B, H, W, C], i int32 [B]) -> the network's output.
-            x_t: [B, H, W, C].
-            i: int32 [B]; 0 is the last step.
+            denoise: what the model says of x: mean, log-variance, x_0 and eps at an index of the chain.
+            x: [B, H, W, C], at level `move.start`.
             noise: N(0, I), [B, H, W, C]; None if the sampler needs none.
-            state: from `init_state` or the step before.
-
-        Returns:
-            StepOutput.
+            memory: from `init_memory` or from the step before.
         """
         raise NotImplementedError

@@ -1,10 +1,15 @@
 """DDIM, Song et al. 2021."""
 
+from typing import Any
+
 import numpy as np
+import tensorflow as tf
 
 from ddpm_tf.diffusion.gaussian import extract
+from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.errors import InputError
-from ddpm_tf.samplers.base import Sampler, StepOutput
+from ddpm_tf.samplers.base import DenoiseFunction, Sampler, StepOutput
+from ddpm_tf.samplers.plan import Move
 
 
 class DDIMSampler(Sampler):
@@ -21,8 +26,8 @@ class DDIMSampler(Sampler):
         InputError: eta outside 0..1.
     """
 
-    def __init__(self, diffusion, *, eta=0.0):
-        super().__init__(diffusion)
+    def __init__(self, diffusion: GaussianDiffusion, *, eta: float = 0.0, clip: bool = True) -> None:
+        super().__init__(diffusion, clip=clip)
         if not 0.0 <= eta <= 1.0:
             raise InputError(f"eta must be within 0..1, found {eta}.")
         self.eta = eta
@@ -34,10 +39,12 @@ class DDIMSampler(Sampler):
         self._eps_scale = np.sqrt(np.maximum(1.0 - schedule.alphas_cumprod_prev - variance, 0.0))
         self._x_0_scale = np.sqrt(schedule.alphas_cumprod_prev)
 
-    def step(self, denoise_fn, x_t, i, noise, state):
-        p = self.diffusion.p_mean_variance(denoise_fn(x_t, i), x_t, i)
-        n = len(x_t.shape)
+    def step(
+        self, denoise: DenoiseFunction, x: tf.Tensor, move: Move, noise: tf.Tensor | None, memory: Any
+    ) -> StepOutput:
+        i, n = move.start - 1, len(x.shape)
+        p = denoise(x, i)
         x = extract(self._x_0_scale, i, n) * p.x_0 + extract(self._eps_scale, i, n) * p.eps
         if self.needs_noise:
             x = x + extract(self._sigma, i, n) * noise
-        return StepOutput(x, p.x_0, state)
+        return StepOutput(x, p.x_0, memory)

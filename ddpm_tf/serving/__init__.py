@@ -1,1 +1,1 @@
-"""A trained sampler as a service: the SavedModel for TensorFlow Serving, and a client."""
+"""A trained sampler as a service: its SavedModel and the files for TensorFlow Serving, and a client."""

@@ -14,23 +14,27 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import ArrayLike
 
+from ddpm_tf import files
 from ddpm_tf import images as images_lib
 from ddpm_tf.errors import InputError, RunError, StorageError, WorkdirError, storage_advice, unknown_name
-from ddpm_tf.serving.transports import TRANSPORTS, ServerError
+from ddpm_tf.serving.transports import TRANSPORTS, ServerError, SignatureInfo, VersionStatus
 
 _LONGEST_PAUSE_S = 5.0
 _LONGEST_DEADLINE_S = 1e6
+_T = TypeVar("_T")
 
 
 class Step(NamedTuple):
-    """After the step at `index` (S-1 ... 0): x, the state, and x_0, the predicted image; float32 [N, H, W, C]."""
+    """After the step `index` (S-1 ... 0): the state x and the predicted image x_0, float32 [N, H, W, C]."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     x: np.ndarray
     x_0: np.ndarray
 
@@ -41,21 +45,31 @@ class Client:
     Args:
         address: host:port; for REST also a URL.
         model: the model's name on the server.
-        version: int, or `label`: str, at most one of them; neither: the newest version the server has.
+        version: the version of the model.
+        label: a version label, instead of `version`. With neither, requests go to the newest version on the server.
         transport: rest or grpc.
         deadline_s: seconds that one request may take, its repetitions included.
-        attempts: how often a request is sent, at most. It is sent again, after a growing pause, only when the server could
-            not be reached or said it is not available; the requests change nothing, so that is safe.
-        max_batch: images asked for at once, at most; no more than the bound the model was exported with.
+        attempts: how often a request is sent, at most. It is sent again, after a growing pause, only if the server could not
+            be reached or answered that it is not available. Requests change nothing on the server, so this is safe.
+        max_batch: the most images of one request; at most the max_batch of the export.
 
     Raises:
-        InputError: arguments that cannot be used, a package that is missing.
-        ServerError: from every method: what the server said, or that it did not answer.
+        InputError: an argument cannot be used, or a package is missing.
+        ServerError: (from every method) the server answered with an error, or not at all.
     """
 
     def __init__(
-        self, address, model, *, version=None, label=None, transport="rest", deadline_s=60.0, attempts=6, max_batch=16
-    ):
+        self,
+        address: str,
+        model: str,
+        *,
+        version: int | None = None,
+        label: str | None = None,
+        transport: str = "rest",
+        deadline_s: float = 60.0,
+        attempts: int = 6,
+        max_batch: int = 16,
+    ) -> None:
         if transport not in TRANSPORTS:
             raise unknown_name("transport", transport, TRANSPORTS)
         if version is not None and label is not None:
@@ -67,39 +81,65 @@ class Client:
             raise InputError(
                 f"deadline_s must be above 0 and at most {_LONGEST_DEADLINE_S:g} seconds, found {deadline_s}."
             )
-        self._is_open = version is None and label is None
+        self._takes_newest = version is None and label is None
         self._transport = TRANSPORTS[transport](address, model, version=version, label=label)
-        settings = {"transport": transport, "deadline_s": deadline_s, "attempts": attempts, "max_batch": max_batch}
-        self._pinned = lambda version: Client(address, model, version=version, **settings)
+        self._pinned: Callable[[int], Client] = lambda version: Client(
+            address, model, version=version, transport=transport, deadline_s=deadline_s, attempts=attempts,
+            max_batch=max_batch,
+        )  # fmt: skip
         self._deadline_s, self._attempts, self._max_batch = deadline_s, attempts, max_batch
 
-    def __enter__(self):
+    def __enter__(self) -> "Client":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self):
+    def close(self) -> None:
         self._transport.close()
 
-    def sample(self, seeds):
-        """uint8 [N, H, W, C]; image k depends on seeds[k] alone, an int64."""
-        batches = self._batches(seeds)
-        with self._one_version(len(batches) > 1) as client:
-            return np.concatenate([client.predict("sample", {"seed": batch})["images"] for batch in batches])
+    def sample(
+        self, seeds: Iterable[int], *, labels: ArrayLike | None = None, guidance_scale: ArrayLike | None = None
+    ) -> np.ndarray:
+        """uint8 [N, H, W, C]; image k depends on seeds[k], labels[k] and guidance_scale[k] alone.
 
-    def sample_png(self, seeds):
-        """A list of PNG files, as bytes."""
-        batches = self._batches(seeds)
-        with self._one_version(len(batches) > 1) as client:
-            return [png for batch in batches for png in client.predict("sample_png", {"seed": batch})["image_bytes"]]
+        Args:
+            seeds: N values of int64.
+            labels: the classes, for a class-conditional model: one integer for all images, or N. The number of classes
+                means no class.
+            guidance_scale: classifier-free guidance, for a class-conditional model: one number for all images, or N. 0 ignores
+                the labels, 1 uses them as they are, and above 1 strengthens them; None means 1.
 
-    def denoise(self, seeds, *, num_steps):
-        """The same images step by step: yields a `Step` for each of the S = num_steps steps; the last x is the image.
+        Raises:
+            InputError: an argument cannot be used, labels are missing, or the model does not take them.
+        """
+        answers = self._answers("sample", {"seed": _as_seeds(seeds)}, labels, guidance_scale)
+        return np.concatenate([answer["images"] for answer in answers])
 
-        One request per step, so that a caller can show progress, or stop. At most max_batch seeds; the image is in [-1, 1].
-        num_steps must be the model's own S, which a model server cannot be asked for: `sampler.num_steps` in the version's
-        model_card.json. The server refuses a larger one; with a smaller one the images are not the sampler's.
+    def sample_png(
+        self, seeds: Iterable[int], *, labels: ArrayLike | None = None, guidance_scale: ArrayLike | None = None
+    ) -> list[bytes]:
+        """The same images as the contents of N PNG files; the arguments are those of `sample`."""
+        answers = self._answers("sample_png", {"seed": _as_seeds(seeds)}, labels, guidance_scale)
+        return [png for answer in answers for png in answer["image_bytes"]]
+
+    def denoise(
+        self,
+        seeds: Iterable[int],
+        *,
+        num_steps: int,
+        labels: ArrayLike | None = None,
+        guidance_scale: ArrayLike | None = None,
+    ) -> Iterator[Step]:
+        """The same images step by step: yields a `Step` for each of the S steps. The last x is the image, in [-1, 1].
+
+        Every step is a request, so that a caller can show progress, or stop.
+
+        Args:
+            seeds: at most max_batch of them.
+            num_steps: the model's own S, `sampler.num_steps` in the version's model_card.json. A model server cannot be asked
+                for it. It refuses a larger number; a smaller one gives other images than the sampler's.
+            labels, guidance_scale: see `sample`.
         """
         seeds = _as_seeds(seeds)
         if len(seeds) > self._max_batch:
@@ -107,70 +147,114 @@ class Client:
         if num_steps < 1:
             raise InputError(f"num_steps must be at least 1, found {num_steps}.")
         with self._one_version(True) as client:
+            inputs = {"seed": seeds, **client._conditions("denoise_step", len(seeds), labels, guidance_scale)}
             x = client.predict("initial_noise", {"seed": seeds})["x_T"]
+            if "x_0" in client._signature("denoise_step").inputs:  # self-conditioning: the x_0 of the step before
+                inputs["x_0"] = np.zeros_like(x)
             for index in reversed(range(num_steps)):
-                step = np.full(len(seeds), index, np.int32)
-                out = client.predict("denoise_step", {"x_t": x, "step": step, "seed": seeds})
+                state = {"x_t": x, "step": np.full(len(seeds), index, np.int32)}
+                out = client.predict("denoise_step", inputs | state)
                 x = out["x_prev"]
+                if "x_0" in inputs:
+                    inputs["x_0"] = out["x_0"]
                 yield Step(index, x, out["x_0"])
 
-    def bits_per_dim(self, images, seeds):
-        """float32 [N]: the bound for uint8 images [N, H, W, C], with one seed each."""
+    def bits_per_dim(self, images: np.ndarray, seeds: Iterable[int], *, labels: ArrayLike | None = None) -> np.ndarray:
+        """float32 [N]: the variational bound, in bits/dim, of uint8 images [N, H, W, C]; one seed for each image.
+
+        It is the bound of the chain that the model was exported with. Labels are as in `sample`.
+        """
         seeds, images = _as_seeds(seeds), np.asarray(images)
         if len(images) != len(seeds):
-            raise InputError(f"{len(images)} images need as many seeds, found {len(seeds)}.")
-        starts = range(0, len(seeds), self._max_batch)
-        slices = [slice(k, k + self._max_batch) for k in starts]
-        with self._one_version(len(slices) > 1) as client:
-            parts = [client.predict("bits_per_dim", {"images": images[s], "seed": seeds[s]}) for s in slices]
-        return np.concatenate([part["total_bpd"] for part in parts])
+            raise InputError(f"There must be one seed for each image, found {len(seeds)} for {len(images)} images.")
+        answers = self._answers("bits_per_dim", {"images": images, "seed": seeds}, labels, None)
+        return np.concatenate([answer["total_bpd"] for answer in answers])
 
-    def predict(self, signature, inputs):
-        """Call any signature once: name -> array (bytes are objects). Inputs are cast to the signature's types, if exactly."""
-        known = self._signatures
-        if signature not in known:
-            raise unknown_name("signature", signature, known)
-        inputs = {
-            name: _cast(name, value, known[signature].inputs[name].dtype) if name in known[signature].inputs else value
+    def _answers(
+        self,
+        signature: str,
+        inputs: dict[str, np.ndarray],
+        labels: ArrayLike | None,
+        guidance_scale: ArrayLike | None,
+    ) -> list[dict[str, np.ndarray]]:
+        """The answers to as many requests as are needed for all rows of the inputs."""
+        count = len(inputs["seed"])
+        batches = [slice(k, k + self._max_batch) for k in range(0, count, self._max_batch)]
+        with self._one_version(len(batches) > 1) as client:
+            inputs = inputs | client._conditions(signature, count, labels, guidance_scale)
+            return [client.predict(signature, {name: v[rows] for name, v in inputs.items()}) for rows in batches]
+
+    def _conditions(
+        self, signature: str, count: int, labels: ArrayLike | None, guidance_scale: ArrayLike | None
+    ) -> dict[str, np.ndarray]:
+        """The inputs `label` and `guidance_scale` that the signature has, with a value for each image."""
+        known = self._signature(signature).inputs
+        if labels is None and "label" in known:
+            raise InputError(
+                "This model is class-conditional: give labels, one integer for all images or one for each."
+            )
+        if labels is not None and "label" not in known:
+            raise InputError("Labels were given, but this model is unconditional: leave them out.")
+        if guidance_scale is None:
+            guidance_scale = 1.0 if "guidance_scale" in known else None
+        elif "guidance_scale" not in known:
+            raise InputError("A guidance_scale was given, but this model is unconditional: leave it out.")
+        given = {"label": ("labels", labels), "guidance_scale": ("guidance_scale", guidance_scale)}
+        return {
+            key: _one_each(name, value, count, known[key].dtype)
+            for key, (name, value) in given.items()
+            if value is not None
+        }
+
+    def predict(self, signature: str, inputs: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
+        """Send one request to any signature: {name: array}, of objects where the output is bytes.
+
+        Inputs are cast to the signature's types: integers only if the type can hold them, floats are rounded.
+        """
+        info = self._signature(signature)
+        arrays = {
+            name: _cast(name, value, info.inputs[name].dtype) if name in info.inputs else value
             for name, value in ((name, np.asarray(value)) for name, value in inputs.items())
         }
-        infos = known[signature].outputs
-        answer = self._retried(self._transport.predict, signature, inputs, list(infos))
+        answer = self._retried(self._transport.predict, signature, arrays, list(info.outputs))
         return {
-            name: np.asarray(value, object if infos[name].dtype == "str" else infos[name].dtype)
+            name: np.asarray(value, object if info.outputs[name].dtype == "str" else info.outputs[name].dtype)
             for name, value in answer.items()
         }
 
-    def metadata(self):
-        """Signature name -> Signature(inputs, outputs), each name -> (dtype, shape)."""
+    def metadata(self) -> dict[str, SignatureInfo]:
+        """{signature: SignatureInfo(inputs, outputs)}."""
         return self._retried(self._transport.metadata)
 
-    def status(self):
-        """A list of VersionStatus(version, state, error), of the asked version or of all."""
+    def status(self) -> list[VersionStatus]:
+        """The status of the client's version or label, or else of every version."""
         return self._retried(self._transport.status)
 
     @cached_property
-    def _signatures(self):
+    def _signatures(self) -> dict[str, SignatureInfo]:
         return self.metadata()
 
-    @contextlib.contextmanager
-    def _one_version(self, is_needed):
-        """A client of the newest available version, so that no request is answered by a model that came in between.
+    def _signature(self, name: str) -> SignatureInfo:
+        if name not in self._signatures:
+            raise unknown_name("signature", name, self._signatures)
+        return self._signatures[name]
 
-        A label is asked for as it is: the server does not tell which version it stands for.
+    @contextlib.contextmanager
+    def _one_version(self, is_needed: bool) -> Iterator["Client"]:
+        """A client of the newest available version, so that the same model answers all requests of a call.
+
+        A label is sent as it is, because the server does not say which version it stands for.
         """
-        available = [v.version for v in self.status() if v.state == "AVAILABLE"] if is_needed and self._is_open else []
+        needs_status = is_needed and self._takes_newest
+        available = [v.version for v in self.status() if v.state == "AVAILABLE"] if needs_status else []
         if not available:
             yield self
             return
         with self._pinned(max(available)) as client:
             yield client
 
-    def _batches(self, seeds):
-        seeds = _as_seeds(seeds)
-        return [seeds[k : k + self._max_batch] for k in range(0, len(seeds), self._max_batch)]
-
-    def _retried(self, call, *args):
+    def _retried(self, call: Callable[..., _T], *args: Any) -> _T:
+        """call(*args, timeout), repeated after a pause while the server is not available."""
         end = time.monotonic() + self._deadline_s
         for attempt in range(1, self._attempts + 1):
             try:
@@ -179,18 +263,27 @@ class Client:
                 pause = min(0.1 * 2 ** (attempt - 1), _LONGEST_PAUSE_S) * random.uniform(0.5, 1.0)
                 if e.code != "UNAVAILABLE" or attempt == self._attempts or time.monotonic() + pause > end:
                     raise
-                time.sleep(pause)  # drawn at random, so that clients that failed together do not come back together
+                time.sleep(pause)  # random, so that clients that failed together do not all come back together
+        raise AssertionError("unreachable")
 
 
-def _as_seeds(seeds):
-    seeds = _cast("seed", np.asarray(list(seeds)), "int64")
-    if seeds.ndim != 1 or seeds.size == 0:
-        raise InputError(f"seeds must be a list of at least one integer, found shape {seeds.shape}.")
-    return seeds
+def _as_seeds(seeds: Iterable[int]) -> np.ndarray:
+    array = _cast("seed", np.asarray(list(seeds)), "int64")
+    if array.ndim != 1 or array.size == 0:
+        raise InputError(f"seeds must be a list of at least one integer, found shape {array.shape}.")
+    return array
 
 
-def _cast(name, value, dtype):
-    """An input in the signature's type; integers exactly, floats rounded, anything else refused."""
+def _one_each(name: str, value: ArrayLike, count: int, dtype: str) -> np.ndarray:
+    """One value, or `count` of them, as `count` values of the signature's type."""
+    array = np.asarray(value)
+    if array.shape not in ((), (count,)):
+        raise InputError(f"{name} must be one number or {count} of them, found shape {array.shape}.")
+    return np.broadcast_to(_cast(name, array, dtype), (count,))
+
+
+def _cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
+    """An input in the signature's type: integers only if the type can hold them, floats rounded. Others are refused."""
     if dtype == "str" or not value.size:
         return value if dtype == "str" else value.astype(dtype)
     fits = value.dtype.kind in ("iuf" if np.dtype(dtype).kind == "f" else "iu")
@@ -198,33 +291,35 @@ def _cast(name, value, dtype):
         limits = np.iinfo(dtype)
         fits = limits.min <= int(value.min()) and int(value.max()) <= limits.max
     if not fits:
-        raise InputError(f"Input {name!r} must be {dtype}, found {value.dtype} {value.ravel()[:3].tolist()}.")
+        raise InputError(f"{name} must be {dtype}, found {value.dtype} {value.ravel()[:3].tolist()}.")
     return value.astype(dtype)
 
 
-def save_pngs(folder, seeds, images):
-    """seed_NNNNNN.png for each image of uint8 [N, H, W, C], and grid.png of the first 256, into a new or empty folder."""
-    _check_new(folder)
+def save_pngs(folder: str, seeds: Iterable[int], images: np.ndarray) -> None:
+    """Write seed_NNNNNN.png for each image of uint8 [N, H, W, C], and grid.png of the first 256, into a new or empty folder."""
+    _make_new_folder(folder)
     try:
         for seed, image in zip(seeds, images, strict=True):
-            images_lib.save_png(os.path.join(folder, f"seed_{seed:06d}.png"), image)
-        grid = images_lib.make_grid(images[:256], scale=images_lib.grid_scale(images.shape[1]))
-        images_lib.save_png(os.path.join(folder, "grid.png"), grid)
+            _save_png(os.path.join(folder, f"seed_{seed:06d}.png"), image)
+        _save_png(os.path.join(folder, "grid.png"), images_lib.picture(images[:256]))
     except OSError as e:
         raise StorageError(f"--out={folder} cannot be written: {e}. {storage_advice(e)}") from e
 
 
-def _check_new(folder):
-    """Make a folder, before anything is drawn for it."""
-    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
-        raise InputError(f"--out={folder} exists and is not an empty folder; nothing is written over. Choose another.")
+def _save_png(path: str, image: np.ndarray) -> None:
+    with files.atomic_file(path, "wb", sync=False) as f:
+        f.write(images_lib.png_bytes(image))
+
+
+def _make_new_folder(folder: str) -> None:
+    files.check_new_folder(folder, "--out")
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as e:
         raise WorkdirError(f"--out={folder} cannot be made: {e}. Choose another.") from e
 
 
-def _parser():
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ddpm_tf.serving.client", allow_abbrev=False,
         description="Draw images on a model server and save them as PNGs. Image k has the seed --seed + k.",
@@ -238,26 +333,36 @@ def _parser():
     add("--transport", default="rest", choices=sorted(TRANSPORTS), help="grpc is usually port 8500")
     add("--num_images", type=int, default=16, help="how many images")
     add("--seed", type=int, default=0, help="seed of the first image, an int64")
-    add("--max_batch", type=int, default=16, help="images per request; at most run_export.py's --max_batch")
+    add("--labels", type=_integers, help="classes for a class-conditional model, used in turn, for example 0,1,2")
+    add("--guidance_scale", type=float, help="0 ignores the labels, above 1 strengthens them; None means 1")
+    add("--max_batch", type=int, default=16, help="images per request; at most the export's --max_batch")
     add("--out", help="a new or empty folder for the PNGs")
     add("--deadline_s", type=float, default=60.0, help="seconds that one request may take")
-    add("--attempts", type=int, default=6, help="how often to ask a server that is not available")
     add(
-        "--progress_steps",
+        "--attempts",
         type=int,
-        help="draw step by step, and show it; exactly the model's S (sampler.num_steps in its model_card.json)",
+        default=6,
+        help="how often a request is sent, at most, while the server is not available",
     )
+    add("--progress_steps", type=int,
+        help="draw step by step and show progress; the model's S (sampler.num_steps in its model_card.json)")  # fmt: skip
     add("--status", action="store_true", help="only print the model's versions and signatures")
     return parser
 
 
-def main(argv=None):
-    """Exit codes: 0; 2, a request that cannot be served; 69, no server, no answer in time; 73 and 74, --out cannot be made,
-    or written; 130, SIGINT."""
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers such as 0,1,2, found {text!r}") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; the exit codes are listed in docs/serving.md."""
     args = _parser().parse_args(argv)
     try:
         if args.out is None and not args.status:
-            raise InputError("--out is missing; give a new or empty folder, or --status.")
+            raise InputError("--out is missing; give a new or empty folder, or ask for --status.")
         client = Client(
             args.address, args.model, version=args.version, label=args.label, transport=args.transport,
             deadline_s=args.deadline_s, attempts=args.attempts, max_batch=args.max_batch,
@@ -275,7 +380,7 @@ def main(argv=None):
     return 0
 
 
-def _print_status(client):
+def _print_status(client: Client) -> None:
     for v in client.status():
         print(f"version {v.version}: {v.state} {v.error}".rstrip())
     for name, signature in sorted(client.metadata().items()):
@@ -283,17 +388,19 @@ def _print_status(client):
         print(f"{name}: " + " -> ".join(sides))
 
 
-def _draw(client, args):
+def _draw(client: Client, args: argparse.Namespace) -> None:
     if args.num_images < 1:
         raise InputError(f"--num_images must be at least 1, found {args.num_images}.")
-    _check_new(args.out)
+    _make_new_folder(args.out)
     seeds = range(args.seed, args.seed + args.num_images)
+    labels = None if args.labels is None else np.resize(args.labels, args.num_images)
+    conditions = {"labels": labels, "guidance_scale": args.guidance_scale}
     if args.progress_steps is None:
-        images = client.sample(seeds)
+        images = client.sample(seeds, **conditions)
     else:
         from tqdm import tqdm
 
-        steps = client.denoise(seeds, num_steps=args.progress_steps)
+        steps = client.denoise(seeds, num_steps=args.progress_steps, **conditions)
         *_, last = tqdm(steps, total=args.progress_steps, unit=" steps", desc="denoising")
         images = images_lib.to_uint8(last.x)
     save_pngs(args.out, seeds, images)

@@ -3,12 +3,17 @@
 import contextlib
 import os
 import re
+from collections.abc import Iterator
+from typing import Any
 
 import tensorflow as tf
 from absl import logging
 from tensorflow.core.protobuf import saved_model_pb2
 
+from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.errors import RunError
+from ddpm_tf.networks.contract import Network
+from ddpm_tf.samplers.base import Sampler
 from ddpm_tf.serving.signatures import make_signatures
 
 # Arithmetic, shapes, loops, checks, PNG encoding and reading weights. Nothing here touches a file, runs Python, or draws
@@ -35,12 +40,14 @@ SAVER_OPS = frozenset(
 )  # fmt: skip
 
 
-def save_model(path, network, sampler, bound, *, max_batch):
+def save_model(
+    path: str, network: Network, sampler: Sampler, bound_diffusion: GaussianDiffusion, *, max_batch: int
+) -> dict[str, Any]:
     """Write a network, its sampler and their signatures as a SavedModel.
 
     Args:
         path: the folder, new or empty.
-        network, sampler, bound, max_batch: see `make_signatures`.
+        network, sampler, bound_diffusion, max_batch: see `make_signatures`.
 
     Returns:
         {signature: ConcreteFunction}.
@@ -48,7 +55,7 @@ def save_model(path, network, sampler, bound, *, max_batch):
     Raises:
         RunError: an op that is not on the list.
     """
-    functions = make_signatures(network, sampler, bound, max_batch=max_batch)
+    functions = make_signatures(network, sampler, bound_diffusion, max_batch=max_batch)
     functions = {name: function.get_concrete_function() for name, function in functions.items()}
     signatures = {"serving_default": functions["sample"], **functions}
     module = tf.Module()
@@ -61,7 +68,7 @@ def save_model(path, network, sampler, bound, *, max_batch):
 
 
 @contextlib.contextmanager
-def _warnings_only():
+def _warnings_only() -> Iterator[None]:
     levels = [(logger, logger.level) for logger in (logging.get_absl_logger(), tf.get_logger())]
     for logger, _ in levels:
         logger.setLevel("WARNING")
@@ -72,7 +79,7 @@ def _warnings_only():
             logger.setLevel(level)
 
 
-def check_ops(path):
+def check_ops(path: str) -> None:
     """Compare a SavedModel's ops, in its graph and in every function, with the lists of those allowed.
 
     Raises:
@@ -81,7 +88,7 @@ def check_ops(path):
     model = saved_model_pb2.SavedModel()
     with open(os.path.join(path, "saved_model.pb"), "rb") as f:
         model.ParseFromString(f.read())
-    unknown = {}
+    unknown: dict[str, str] = {}
     for meta_graph in model.meta_graphs:
         graph = meta_graph.graph_def
         bodies = {"the graph": graph.node} | {f.signature.name: f.node_def for f in graph.library.function}

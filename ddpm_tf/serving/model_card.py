@@ -1,28 +1,33 @@
-"""model_card.json: what a version folder holds, where it comes from, and how it may be used."""
+"""model_card.json: what a version folder contains, where it comes from, and how it may be used."""
 
 import hashlib
 import json
 import os
 import platform
 import time
+from collections.abc import Iterable
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from ddpm_tf import __version__
+from ddpm_tf import __version__, files
+from ddpm_tf.networks.contract import Network
+from ddpm_tf.samplers.base import Sampler
 
 FILE = "model_card.json"
+_NOT_OF_THE_SAMPLER = ("num_images", "batch_size", "seed")  # fields of the config's `sample` section
 
 
-def make_card(inference, sampler, functions, **fields):
-    """The card, as what JSON can hold.
+def make_card(inference: Any, sampler: Sampler, functions: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """The card, made of values that JSON can hold.
 
     Args:
-        inference: config, network, diffusion and step of a workdir.
-        sampler: the one that is exported.
+        inference: a workdir's `config`, `network`, `diffusion` and `step`.
+        sampler: the exported sampler.
         functions: {signature: ConcreteFunction}.
-        fields: what else the card says.
+        fields: more entries of the card.
     """
     config = inference.config
     return {
@@ -34,11 +39,11 @@ def make_card(inference, sampler, functions, **fields):
         "weights_sha256_is_of": "all weights in the order of their paths, as little-endian float32",
         "image_shape": list(inference.network.image_shape),
         "sampler": {
-            **{name: config.sample[name] for name in ("sampler", "spacing", "eta", "clip")},
+            **{name: value for name, value in config.sample.items() if name not in _NOT_OF_THE_SAMPLER},
             "num_steps": sampler.num_steps,
             "timesteps": sampler.diffusion.schedule.timesteps.tolist(),
         },
-        "signatures": {name: describe(function) for name, function in functions.items()},
+        "signatures": {name: signature_types(function) for name, function in functions.items()},
         "versions": {
             "ddpm_tf": __version__,
             "tensorflow": tf.__version__,
@@ -50,10 +55,10 @@ def make_card(inference, sampler, functions, **fields):
     }
 
 
-def describe(function):
-    """{"inputs": {key: type}, "outputs": {key: type}}; a type is dtype and shape."""
+def signature_types(function: Any) -> dict[str, dict[str, str]]:
+    """{"inputs": {name: type}, "outputs": {name: type}} of a ConcreteFunction; a type is a dtype and a shape."""
 
-    def types(specs):
+    def types(specs: Iterable[tuple[str, Any]]) -> dict[str, str]:
         return {key: f"{spec.dtype.name} {[d or 'N' for d in spec.shape]}".replace("'", "") for key, spec in specs}
 
     outputs = function.structured_outputs.items()
@@ -63,23 +68,21 @@ def describe(function):
     }
 
 
-def weights_digest(network):
-    """SHA-256 of all weights in the order of their paths: the same for every format and every export."""
+def weights_digest(network: Network) -> str:
+    """SHA-256 of all weights in the order of their paths. It is the same for every format and every export."""
     digest = hashlib.sha256()
     for v in sorted(network.variables, key=lambda v: v.path):
         digest.update(np.ascontiguousarray(v.numpy(), "<f4").tobytes())
     return digest.hexdigest()
 
 
-def write_card(path, card):
-    """Write the card into a version folder, with the size and the SHA-256 of every other file in it."""
-    files = {}
+def write_card(path: str, card: dict[str, Any]) -> None:
+    """Write the card into the version folder `path`, with the size and the SHA-256 of every other file in it."""
+    entries = {}
     for folder, _, names in os.walk(path):
         for name in names:
             file = os.path.join(folder, name)
-            with open(file, "rb") as f:
-                digest = hashlib.file_digest(f, "sha256").hexdigest()
-            files[os.path.relpath(file, path)] = {"size": os.path.getsize(file), "sha256": digest}
-    with open(os.path.join(path, FILE), "w") as f:
-        json.dump({**card, "files": dict(sorted(files.items()))}, f, indent=2)
-        f.write("\n")
+            entries[os.path.relpath(file, path)] = {"size": os.path.getsize(file), "sha256": files.sha256(file)}
+    files.write_text(
+        os.path.join(path, FILE), json.dumps({**card, "files": dict(sorted(entries.items()))}, indent=2) + "\n"
+    )

@@ -1,32 +1,28 @@
-"""Version folders NAME/1, NAME/2, ...: they appear whole or not at all, and are never written over."""
+"""Version folders NAME/1, NAME/2, ... They appear whole or not at all, and are never written over."""
 
 import contextlib
-import fcntl
 import os
 import re
-import shutil
-import uuid
+from collections.abc import Iterator
 
 import tensorflow as tf
 
+from ddpm_tf import files
 from ddpm_tf.errors import InputError, StorageError, WorkdirError
-from ddpm_tf.files import fsync
-
-_TEMPORARY = ".tmp-"  # no number, so that no polling server takes it for a version
 
 
-def list_versions(folder):
-    """The versions that a model's folder has, ascending."""
+def list_versions(folder: str) -> list[int]:
+    """The versions in a model's folder, ascending."""
     if not os.path.isdir(folder):
         return []
     return sorted(int(name) for name in os.listdir(folder) if re.fullmatch(r"\d+", name))
 
 
-def choose_version(folder, version=None):
-    """The version to write: the given one, or the one after the newest.
+def choose_version(folder: str, version: int | None = None) -> int:
+    """The version to write: the given one, or the newest plus 1.
 
     Raises:
-        InputError: a version that exists or is no positive 63-bit number, or a folder that is a file.
+        InputError: a version that exists or is outside 1..2^63 - 1, or a folder that is a file.
     """
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise InputError(f"--out={folder} is a file; expected the folder of a model, MODELS/NAME.")
@@ -37,67 +33,38 @@ def choose_version(folder, version=None):
         raise InputError(f"--version must be within 1..2^63 - 1, found {version}.")
     if version in versions:
         raise InputError(
-            f"--out={folder} has a version {version} already, and nothing is written over. Leave --version out for "
+            f"--out={folder} already has a version {version}, and nothing is written over. Leave out --version to write "
             f"{max(versions) + 1}."
         )
     return version
 
 
 @contextlib.contextmanager
-def new_version(folder, version):
-    """A temporary folder to fill, which becomes folder/version at the end of the block, on the disk and at once.
+def new_version(folder: str, version: int) -> Iterator[str]:
+    """Yield a temporary folder to fill. At the end of the block it becomes folder/version, on the disk and at once.
 
-    Missing parents are made. What exports that were killed have left is removed: every export holds a lock on its
-    temporary folder, which the system frees when the process ends, however it ends.
+    Missing parents are made. Folders that killed exports left behind are removed. The temporary name is not a number, so
+    that a polling server does not take it for a version.
 
     Raises:
-        WorkdirError: a folder that cannot be made or written to.
+        WorkdirError: the folder cannot be made or written to.
         StorageError: no space, or another error of the file system.
-        InputError: another export has written the version in the meantime.
+        InputError: another export wrote the version in the meantime.
     """
-    temporary = os.path.join(folder, f"{_TEMPORARY}{version}-{uuid.uuid4().hex}")
+    target = os.path.join(folder, str(version))
     try:
         os.makedirs(folder, exist_ok=True)
-        _sweep(folder)
-        os.mkdir(temporary)
+        files.sweep(folder)
+        temporary = contextlib.ExitStack()
+        path = temporary.enter_context(files.atomic_folder(target))
     except OSError as e:
         raise WorkdirError(f"--out={folder} cannot be written to: {e}. Choose another, or change its rights.") from e
     try:
-        with _locked(temporary):
-            yield temporary
-            for path, _, files in os.walk(temporary):
-                for name in (*files, ""):
-                    fsync(os.path.join(path, name))
-            _publish(temporary, folder, version)
+        with temporary:
+            yield path
+            if os.path.exists(target):
+                raise InputError(
+                    f"Another export wrote {target} in the meantime, and nothing is written over. Try again."
+                )
     except (OSError, tf.errors.OpError) as e:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise StorageError(f"Version {version} cannot be written to {folder}: {e}. Make room and try again.") from e
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _publish(temporary, folder, version):
-    target = os.path.join(folder, str(version))
-    if os.path.exists(target):
-        raise InputError(f"Another export has written {target} in the meantime; nothing is written over. Try again.")
-    os.rename(temporary, target)
-    fsync(folder)
-
-
-def _sweep(folder):
-    for name in os.listdir(folder):
-        path = os.path.join(folder, name)
-        if name.startswith(_TEMPORARY):
-            with contextlib.suppress(BlockingIOError, FileNotFoundError), _locked(path):
-                shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(folder):
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)

@@ -1,28 +1,32 @@
-"""Requests that a model server answers to itself when it loads a version, so that the first client does not wait."""
+"""Warm-up requests: a model server runs them when it loads a version, so that the first client does not wait."""
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from ddpm_tf.errors import InputError
+from ddpm_tf.serving.transports import INSTALL
 
-_MOST_EVALUATIONS = 100  # of the network, for a request that is cheap enough to delay the loading
+_MOST_EVALUATIONS = 100  # A request that calls the network more often would delay the loading too long.
 
 
-def write_warmup(path, name, functions, *, evaluations):
-    """Write assets.extra/tf_serving_warmup_requests, one request of one image for every cheap signature.
+def write_warmup(path: str, name: str, functions: Mapping[str, Any], *, evaluations: Mapping[str, int]) -> list[str]:
+    """Write assets.extra/tf_serving_warmup_requests: for every cheap signature, a request for one image.
 
-    A session prepares a signature's graph at its first request, which takes seconds.
+    The server prepares a signature's graph at its first request, which takes seconds. A signature is cheap if a request
+    calls the network at most 100 times.
 
     Args:
         path: the SavedModel's folder.
-        name: the model's.
+        name: the model's name on the server.
         functions: {signature: ConcreteFunction}.
         evaluations: {signature: how often one request calls the network}.
 
     Returns:
-        the signatures that are warmed up.
+        the names of the cheap signatures.
 
     Raises:
         InputError: tensorflow-serving-api is not installed.
@@ -43,9 +47,9 @@ def write_warmup(path, name, functions, *, evaluations):
     return cheap
 
 
-def _protos():
+def _protos() -> Any:
     try:
         from tensorflow_serving.apis import prediction_log_pb2
     except ImportError as e:
-        raise InputError(f"tensorflow-serving-api cannot be imported ({e}). Install the extra: '.[serving]'.") from e
+        raise InputError(f"tensorflow-serving-api cannot be imported ({e}). Install it: {INSTALL}.") from e
     return prediction_log_pb2

@@ -1,19 +1,25 @@
-"""Named arrays: to and from TensorFlow checkpoint files, and into variables."""
+"""TensorFlow checkpoint files ("bundles") of named arrays: reading, writing, and assigning to variables."""
 
 import glob
 import math
 import os
+import textwrap
+from collections.abc import Callable, Mapping
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 from ddpm_tf.errors import InputError
+from ddpm_tf.text import table
 
 _MAX_ROWS = 20
 
+Shapes = Mapping[str, tuple[int, ...]]
 
-def write_bundle(prefix, tensors):
-    """Write {name: array} under the names given, readable by `tf.train.load_checkpoint`."""
+
+def write_bundle(prefix: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write {name: array} under exactly these names. `tf.train.load_checkpoint` can read the files."""
     names = sorted(tensors)
     with tf.device("CPU"):
         tf.raw_ops.SaveV2(
@@ -24,64 +30,71 @@ def write_bundle(prefix, tensors):
         )
 
 
-def read_bundle(prefix, *, check=None):
-    """{name: array} of a checkpoint (`PREFIX.index`, `PREFIX.data-*`).
+def read_bundle(
+    prefix: str | os.PathLike, *, check: Callable[[dict[str, tuple[int, ...]]], None] | None = None
+) -> dict[str, np.ndarray]:
+    """Read a checkpoint (`PREFIX.index`, `PREFIX.data-*`) as {name: array}.
 
     Args:
         prefix: the path without suffix.
-        check: called with {name: shape} before any tensor is read, to raise if they are not what is wanted.
+        check: called with {name: shape} before any tensor is read. It raises an error if these are not the wanted ones.
 
     Raises:
-        InputError: no checkpoint there, fewer bytes than its index promises, damaged data.
+        InputError: there is no checkpoint, it has fewer bytes than its index promises, or its data are damaged.
     """
     prefix = os.fspath(prefix)
     if not os.path.isfile(prefix + ".index"):
         raise InputError(f"There is no checkpoint {prefix}: the file {prefix}.index does not exist.")
     try:
         reader = tf.train.load_checkpoint(prefix)
-        found = {name: tuple(shape) for name, shape in reader.get_variable_to_shape_map().items()}
+        shapes = {name: tuple(shape) for name, shape in reader.get_variable_to_shape_map().items()}
         dtypes = reader.get_variable_to_dtype_map()
-        promised = sum(math.prod(shape) * dtypes[name].size for name, shape in found.items())
-        there = sum(os.path.getsize(path) for path in glob.glob(glob.escape(prefix) + ".data-*"))
-        if there < promised:
+        promised = sum(math.prod(shape) * dtypes[name].size for name, shape in shapes.items())
+        present = sum(os.path.getsize(path) for path in glob.glob(glob.escape(prefix) + ".data-*"))
+        if present < promised:
             raise InputError(
-                f"The checkpoint {prefix} is damaged: its .data files have {there:,} bytes, its index promises "
+                f"The checkpoint {prefix} is damaged: its .data files have {present:,} bytes, its index promises "
                 f"{promised:,}."
             )
         if check is not None:
-            check(found)
-        return {name: np.asarray(reader.get_tensor(name)) for name in found}
+            check(shapes)
+        return {name: np.asarray(reader.get_tensor(name)) for name in shapes}
     except InputError:
         raise
     except (tf.errors.OpError, IndexError, ValueError, RuntimeError, KeyError) as e:  # truncated .data: bare IndexError
         raise InputError(f"The checkpoint {prefix} is damaged: {type(e).__name__}: {e}") from e
 
 
-def check_names(expected, found, origin):
-    """Refuse anything but the same names with the same shapes.
+def check_names(expected: Shapes, actual: Shapes, origin: str) -> None:
+    """Refuse tensors that do not have exactly the expected names and shapes.
 
     Args:
-        expected, found: {name: shape}.
-        origin: what `found` is, for the message.
+        expected: {name: shape} of the weights here.
+        actual: {name: shape} of the tensors in the file.
+        origin: the name of the file, for the message.
 
     Raises:
-        InputError: with a table of what is missing, left over, or of another shape.
+        InputError: with a table of the names that are missing, unknown here, or of another shape.
     """
-    rows = [f"{name:<60} missing in the file" for name in sorted(expected.keys() - found.keys())]
-    rows += [f"{name:<60} {list(found[name])}, no such weight here" for name in sorted(found.keys() - expected.keys())]
+    rows = [(name, "missing in the file") for name in sorted(expected.keys() - actual.keys())]
+    rows += [(name, f"{list(actual[name])}, no such weight here") for name in sorted(actual.keys() - expected.keys())]
     rows += [
-        f"{name:<60} {list(found[name])} in the file, {list(expected[name])} here"
-        for name in sorted(expected.keys() & found.keys())
-        if tuple(expected[name]) != tuple(found[name])
+        (name, f"{list(actual[name])} in the file, {list(expected[name])} here")
+        for name in sorted(expected.keys() & actual.keys())
+        if tuple(expected[name]) != tuple(actual[name])
     ]
     if rows:
         more = f"\n  ... and {len(rows) - _MAX_ROWS} more" if len(rows) > _MAX_ROWS else ""
-        table = "\n  ".join(rows[:_MAX_ROWS])
-        raise InputError(f"{origin} does not fit: {len(rows)} of {len(expected)} names disagree.\n  {table}{more}")
+        raise InputError(
+            f"{origin} does not fit: {len(rows)} of {len(expected)} names disagree.\n"
+            f"{textwrap.indent(table(rows[:_MAX_ROWS]), '  ')}{more}"
+        )
 
 
-def assign(variables, tensors, origin):
-    """Give every variable its array; nothing is assigned unless names and shapes agree exactly.
+def assign(
+    variables: Mapping[str, tf.Variable | keras.Variable], tensors: Mapping[str, np.ndarray], origin: str
+) -> None:
+    """Assign every array to the variable of the same name, or none at all if names or shapes differ.
 
     Args:
         variables: {name: variable}.

@@ -1,32 +1,37 @@
-"""What the bits of a run depend on beside its config: a run that goes on is bit-exact while these stay the same."""
+"""The fingerprint of a run: software, devices and settings that its bits depend on.
+
+A resumed run is bit-exact as long as its fingerprint stays the same.
+"""
 
 import hashlib
 import os
 import pathlib
 import platform
+from collections.abc import Mapping
+from typing import Any
 
 import keras
 import tensorflow as tf
 
-from ddpm_tf import __version__
+from ddpm_tf import __version__, files
 
 
 def fingerprint(
-    strategy,
+    strategy: tf.distribute.Strategy,
     *,
-    workers,
-    jit_compile,
-    deterministic,
-    precision,
-    tf32,
-    micro_batches,
-    remat,
-    batch_size,
-    seed,
-    config,
-    data,
-):
-    """{field: value} of software, devices and settings, as JSON can hold it.
+    workers: int,
+    jit_compile: bool,
+    deterministic: bool,
+    precision: str,
+    tf32: bool,
+    micro_batches: int,
+    remat: bool,
+    batch_size: int,
+    seed: int,
+    config: str,
+    data: str,
+) -> dict[str, Any]:
+    """The fingerprint as {field: value}, of types that JSON can hold.
 
     Args:
         strategy: the run's tf.distribute strategy.
@@ -61,16 +66,16 @@ def fingerprint(
     }
 
 
-def code_digest():
-    """One SHA-256 for the sources of this package."""
+def code_digest() -> str:
+    """One SHA-256 of all sources of this package."""
     root, total = pathlib.Path(__file__).parent.parent, hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
-        total.update(f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        total.update(f"{path.relative_to(root)} {files.sha256(str(path))}\n".encode())
     return total.hexdigest()
 
 
-def changes(old, new):
-    """["field: old -> new", ...] of two fingerprints."""
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The differences of two fingerprints, as ["field: old -> new", ...]."""
     return [
         f"{name}: {old.get(name)} -> {new.get(name)}"
         for name in sorted(old.keys() | new.keys())
@@ -78,8 +83,8 @@ def changes(old, new):
     ]
 
 
-def _cpu_model():
-    """The processor's name, which decides which kernels run; empty where the system does not say."""
+def _cpu_model() -> str:
+    """The processor's name, which decides which kernels run; empty if the system does not name it."""
     try:
         with open("/proc/cpuinfo") as f:
             return next((line.partition(":")[2].strip() for line in f if line.startswith("model name")), "")

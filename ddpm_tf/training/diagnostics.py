@@ -3,12 +3,21 @@
 import tensorflow as tf
 
 from ddpm_tf.diffusion import losses
+from ddpm_tf.diffusion.process import GaussianDiffusion
 
 QUARTERS = 4
 QUARTER_LOGS = tuple(f"{name}_q{k + 1}" for name in ("loss", "bound") for k in range(QUARTERS))
 
 
-def quarter_sums(diffusion, output, per_example_loss, *, x_0, x_t, t):
+def quarter_sums(
+    diffusion: GaussianDiffusion,
+    output: tf.Tensor,
+    per_example_loss: tf.Tensor,
+    *,
+    x_0: tf.Tensor,
+    x_t: tf.Tensor,
+    t: tf.Tensor,
+) -> tf.Tensor:
     """Sums over a batch by quarter of the timesteps (q1: the cleanest images).
 
     Returns:
@@ -20,18 +29,18 @@ def quarter_sums(diffusion, output, per_example_loss, *, x_0, x_t, t):
     return tf.reduce_sum(tf.where(is_in, values, 0.0), axis=1)
 
 
-def quarter_logs(sums):
+def quarter_logs(sums: tf.Tensor) -> dict[str, tf.Tensor]:
     """{loss_q1..4, bound_q1..4: mean}; NaN where no example of the step fell into the quarter."""
     return dict(zip(QUARTER_LOGS, tf.unstack(tf.reshape(sums[:2] / sums[2], [-1])), strict=True))
 
 
-def weight_rms(variables):
+def weight_rms(variables: list) -> tf.Tensor:
     """The root mean square of all weights, as in the original."""
     squares = tf.add_n([tf.reduce_sum(tf.square(v.value)) for v in variables])
     return tf.sqrt(squares / sum(v.shape.num_elements() for v in variables))
 
 
-def ema_age(step, decay):
+def ema_age(step: tf.Tensor, decay: float) -> tf.Tensor:
     """The mean age, in steps, of the weights that the moving average holds after `step` steps.
 
     sum_k (1 - d) d^k k over the steps, the initial weights included with weight d^step.

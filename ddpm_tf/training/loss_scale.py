@@ -7,7 +7,7 @@ GROW_EVERY = 2000  # steps without overflow
 
 
 class LossScale:
-    """The factor and its state, which belongs into checkpoints.
+    """The factor and its state, which checkpoints keep.
 
     It is halved after a step that is not finite, never below 1, and doubled after 2,000 finite steps, never above 2^24.
 
@@ -18,23 +18,26 @@ class LossScale:
         scale: float32, the factor. finite_steps: int64, since the last change.
     """
 
-    def __init__(self, is_active):
+    def __init__(self, is_active: bool) -> None:
         self.is_active = is_active
         once = {"trainable": False, "aggregation": tf.VariableAggregation.ONLY_FIRST_REPLICA}
         self.scale = tf.Variable(INITIAL, dtype=tf.float32, **once)
         self.finite_steps = tf.Variable(0, dtype=tf.int64, **once)
 
-    def factor(self):
+    def state(self) -> dict[str, tf.Variable]:
+        return {"loss_scale/scale": self.scale, "loss_scale/finite_steps": self.finite_steps}
+
+    def factor(self) -> tf.Tensor:
         return tf.identity(self.scale) if self.is_active else tf.constant(1.0)
 
-    def unscaled(self, gradients):
+    def unscaled(self, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
         return [g / self.scale for g in gradients] if self.is_active else gradients
 
-    def is_lowest(self):
+    def is_lowest(self) -> tf.Tensor:
         """Whether a step that is not finite cannot be helped by a smaller factor."""
         return self.scale <= FLOOR if self.is_active else tf.constant(True)
 
-    def update(self, is_finite):
+    def update(self, is_finite: tf.Tensor) -> None:
         """After a step; outside the replicas, so that the decision is the same on all of them."""
         if not self.is_active:
             return

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from ddpm_tf.training.trainer import DiffusionModel
+
 _ALIASES = {
     "Identity",
     "Reshape",
@@ -25,14 +27,13 @@ class StepMemory(NamedTuple):
     peak: int
 
 
-def estimate_step_memory(model, batch_size):
+def estimate_step_memory(model: DiffusionModel, batch_size: int) -> StepMemory:
     """Trace loss and gradient of `batch_size` examples, and follow which tensors live when; nothing is computed.
 
     Ops run in the order in which they are made, a tensor lives from the op that makes it to the last that reads it, and
     reshapes and reads of variables take nothing. Buffers inside kernels, and what a compiler saves or adds, are not seen.
 
     Args:
-        model: DiffusionModel.
         batch_size: examples at once on one device: of one micro-batch of one replica.
     """
     variables = model.network.trainable_variables
@@ -51,7 +52,7 @@ def estimate_step_memory(model, batch_size):
     return StepMemory(kept, kept + max(so_far + _most_alive(traced.graph), clipping))
 
 
-def _most_alive(graph):
+def _most_alive(graph: tf.Graph) -> int:
     """The largest sum of bytes of tensors that live at once."""
     ops = graph.get_operations()
     last_use = {}
@@ -60,7 +61,8 @@ def _most_alive(graph):
             last_use[_owner(tensor).ref()] = k
     for tensor in graph.outputs:
         last_use[_owner(tensor).ref()] = len(ops)
-    ends, alive, most = {}, 0, 0
+    ends: dict[int, int] = {}
+    alive = most = 0
     for k, op in enumerate(ops):
         if op.type not in _ALIASES:
             for tensor in op.outputs:
@@ -73,13 +75,13 @@ def _most_alive(graph):
     return most
 
 
-def _owner(tensor):
+def _owner(tensor: tf.Tensor) -> tf.Tensor:
     """The tensor whose memory this one shares."""
     while tensor.op.type in _ALIASES and tensor.op.inputs:
         tensor = tensor.op.inputs[0]
     return tensor
 
 
-def _size(tensor):
+def _size(tensor: tf.Tensor) -> int:
     elements = tensor.shape.num_elements() if tensor.shape.is_fully_defined() else 0
     return elements * max(tensor.dtype.size, 0) if tensor.dtype not in (tf.resource, tf.variant) else 0

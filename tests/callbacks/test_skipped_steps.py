@@ -29,12 +29,18 @@ class Scripted(DiffusionModel):
 
     bad_steps, bad_index = (), range(BATCH)
 
-    def draws(self, index, step):
-        t, eps, dropout_seed = super().draws(index, step)
-        is_bad_step = tf.reduce_any(tf.equal(tf.cast(step, tf.int64), tf.constant(list(self.bad_steps), tf.int64)))
-        is_bad_index = tf.reduce_any(tf.equal(index[:, None], tf.constant(list(self.bad_index))), axis=1)
-        bad = tf.reshape(is_bad_step & is_bad_index, [-1, 1, 1, 1])
-        return t, tf.where(bad, math.nan, eps), dropout_seed
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        draws = self.objective.draws
+
+        def scripted(index, step):
+            drawn = draws(index, step)
+            is_bad_step = tf.reduce_any(tf.equal(tf.cast(step, tf.int64), tf.constant(list(self.bad_steps), tf.int64)))
+            is_bad_index = tf.reduce_any(tf.equal(index[:, None], tf.constant(list(self.bad_index))), axis=1)
+            bad = tf.reshape(is_bad_step & is_bad_index, [-1, 1, 1, 1])
+            return drawn._replace(eps=tf.where(bad, math.nan, drawn.eps))
+
+        self.objective.draws = scripted
 
 
 def make(replicas=1, *, bad_steps=(), bad_index=range(BATCH), steps_per_execution=1, limit=20):
@@ -58,7 +64,7 @@ def fit(model, steps, start=0):
 def values(model):
     """{name: array}, which is the same on every replica."""
     found = {}
-    for name, v in checkpoints.variables_by_name(model).items():
+    for name, v in model.state().items():
         v = v.value if isinstance(v, keras.Variable) else v
         found[name], *others = (copy.numpy() for copy in getattr(v, "values", [v]))
         assert len(others) == model.distribute_strategy.num_replicas_in_sync - 1
@@ -96,7 +102,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_step(replicas, steps_
 def test_after_the_limit_nothing_changes_any_more():
     model = make(bad_steps=range(2, 5), steps_per_execution=6, limit=3)
     fit(model, 6)
-    assert model.skipped_total.numpy() == 3 and model.skipped_steps.numpy()[-4:].tolist() == [-1, 2, 3, 4]
+    assert model.skipped.total.numpy() == 3 and model.skipped.steps.numpy()[-4:].tolist() == [-1, 2, 3, 4]
     assert model.optimizer.iterations.numpy() == 6
     whole = values(model)
     model = make()
@@ -105,11 +111,8 @@ def test_after_the_limit_nothing_changes_any_more():
     assert_equal({n: v for n, v in values(model).items() if n not in skipped}, whole)
 
 
-class InfiniteLoss(Scripted):
-    """The loss of the bad steps is infinite, and their gradient is not."""
-
-    def draws(self, index, step):
-        return DiffusionModel.draws(self, index, step)
+class InfiniteLoss(DiffusionModel):
+    """The loss of step 1 is infinite, and its gradient is not."""
 
     def loss_and_gradient(self, images, labels, index, step, scale):
         loss, *others = super().loss_and_gradient(images, labels, index, step, scale)
@@ -135,7 +138,7 @@ class ScriptedRun(Scripted):
 
 def test_the_log_names_the_replica_that_was_not_finite(caplog):
     model = types.SimpleNamespace(
-        skipped_total=tf.constant(0), skipped_in_a_row=tf.constant(1), skipped_steps=tf.constant([-1, 4]),
+        skipped=types.SimpleNamespace(total=tf.constant(0), in_a_row=tf.constant(1), steps=tf.constant([-1, 4])),
         not_finite_at=tf.constant([-1, 4]), max_skipped_steps=20,
     )  # fmt: skip
     nothing = {"t": np.array([7]), "indices": np.array([3])}
@@ -197,8 +200,7 @@ def test_too_many_skipped_steps_end_the_run_with_a_dump_that_reproduces_the_last
     loss, _, gradients = model.loss_and_gradient(images, None, tf.range(len(images)), dump["step"], dump["loss_scale"])
     assert dump["step"] == 6 and dump["loss_scale"] == 1
     assert np.isnan(loss) and not all(np.isfinite(g).all() for g in gradients)
-    t, eps, dropout_seed = model.draws(tf.range(len(images)), dump["step"])
-    for name, drawn in (("t", t), ("eps", eps), ("dropout_seed", dropout_seed)):
+    for name, drawn in model.objective.draws(tf.range(len(images)), dump["step"])._asdict().items():
         np.testing.assert_array_equal(dump[name], drawn)
 
     monkeypatch.undo()  # what made the NaN is repaired: the same command goes on

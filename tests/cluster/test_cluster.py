@@ -154,6 +154,26 @@ def test_whatever_one_worker_fails_at_ends_all_with_its_code(error, code, messag
     assert ends[0].exit_code == code and "Worker 1 (b:1): " in str(ends[0]) and message in str(ends[0])
 
 
+def test_workers_that_differ_are_refused_with_a_table_of_what_differs():
+    barrier, board, ends = threading.Barrier(2), [None, None], [None, None]
+
+    def one(k):
+        worker = InThreads(k, barrier, board)
+        worker.agree({"alike": 1})
+        barrier.wait(10)
+        with pytest.raises(errors.InputError) as e:
+            worker.agree({"alike": 1, "seed": 7 * k, **({"flag": "x"} if k else {})})
+        ends[k] = str(e.value)
+
+    threads = [threading.Thread(target=one, args=(k,)) for k in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ends[0] == ends[1]
+    assert ends[0].splitlines()[1:] == ["        0 a:1  1 b:1", '  flag  null   "x"', "  seed  0      7"]
+
+
 def test_an_address_in_use_is_named():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -198,7 +218,7 @@ def test_strategies_are_chosen_by_name(monkeypatch):
     strategy, alone = make_strategy("default")
     assert strategy.num_replicas_in_sync == 1 and alone.size == 1 and alone.is_chief
     assert isinstance(make_strategy("mirrored")[0], tf.distribute.MirroredStrategy)
-    with pytest.raises(errors.InputError, match="Unknown --strategy 'horovod'"):
+    with pytest.raises(errors.InputError, match="Unknown strategy 'horovod'"):
         make_strategy("horovod")
     with pytest.raises(errors.InputError, match="needs TF_CONFIG with at least two workers; it is not set"):
         make_strategy("multi_worker")

@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ddpm_tf import experiment
-from ddpm_tf.convert.diffusers import load_diffusers, read_architecture, save_diffusers
+from ddpm_tf.convert.diffusers import diffusers_name, load_diffusers, save_diffusers
+from ddpm_tf.convert.diffusers_config import read_architecture
 from ddpm_tf.errors import InputError
 from ddpm_tf.networks import UNet
 from tests.conftest import DATA, drawn_weight
@@ -71,9 +72,23 @@ def test_out_and_back_is_the_identity(tmp_path):
         save_diffusers(network, tmp_path / "out")
 
 
-def expected_keys(network):
-    from ddpm_tf.convert.diffusers import diffusers_name
+def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    network = load_diffusers(SMALL)
+    (tmp_path / "empty").mkdir()
+    save_diffusers(network, tmp_path / "empty")
+    save_diffusers(network, tmp_path / "a" / "b")  # the parents are made
+    assert {p.name for p in (tmp_path / "empty").iterdir()} == {WEIGHTS, "config.json"}
 
+    def no_space(*args, **kwargs):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(json, "dump", no_space)
+    with pytest.raises(OSError, match="no space"):
+        save_diffusers(network, tmp_path / "c")
+    assert {p.name for p in tmp_path.iterdir()} == {"empty", "a"}
+
+
+def expected_keys(network):
     return {diffusers_name(v.path, len(network.ch_mult)) for v in network.variables}
 
 
@@ -92,7 +107,7 @@ def test_keys_and_config_written_are_those_of_diffusers(tmp_path):
 def test_a_workdir_that_samples(folder, tmp_path):
     report = experiment.import_diffusers(str(folder), str(tmp_path / "w"), reference=str(SMALL / "output.npz"))
     assert "Largest difference to the reference output" in report and "run_sample.py --workdir=" in report
-    out = experiment.sample_images(str(tmp_path / "w"), sampler="ddim", num_steps=2, num_images=1)
+    out = experiment.sample_images(str(tmp_path / "w"), settings={"sampler": "ddim", "num_steps": 2, "num_images": 1})
     assert (Path(out) / "samples.npz").exists()
 
 
@@ -117,7 +132,7 @@ def test_a_learned_variance_comes_back(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [({"num_classes": 3}, "num_classes=3"), ({"block_size": 2, "attn_resolutions": (4,)}, "block_size=2"),
-     ({"resamp_with_conv": False}, "resamp_with_conv=False")],
+     ({"resamp_with_conv": False}, "resamp_with_conv=False"), ({"theta": 5e3}, "theta=5000.0 cannot .* only theta=10000")],
 )  # fmt: skip
 def test_networks_that_diffusers_has_no_place_for(tmp_path, arguments, message):
     network = UNet(
@@ -248,7 +263,7 @@ def test_the_architecture_of_ddpm_cifar10_32_is_the_papers(tmp_path):
 def test_against_diffusers_itself(tmp_path, shape):
     pytest.importorskip("torch", reason="the comparison needs torch, which is not installed")
     diffusers = pytest.importorskip("diffusers", reason="the comparison needs diffusers, which is not installed")
-    from benchmarks import diffusers_reference
+    from tools import diffusers_reference
 
     model = diffusers_reference.make(getattr(diffusers_reference, shape))
     x_t, t = diffusers_reference.inputs(model.config.sample_size)

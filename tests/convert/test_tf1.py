@@ -276,7 +276,7 @@ def test_a_kwargs_file_that_disagrees_is_an_error(tmp_path):
     with pytest.raises(InputError, match=r"disagree(.|\n)*network.dropout +0.1 +0.0") as e:
         experiment.import_tf1(str(prefix), config(), str(tmp_path / "w"))
     assert "learning_rate" not in str(e.value)
-    for text, message in (("{", "cannot be read"), ('{"model_var_type": "huge"}', "the release knows")):
+    for text, message in (("{", "cannot be read"), ('{"model_var_type": "huge"}', "the release has")):
         (tmp_path / "c" / "kwargs.json").write_text(text)
         with pytest.raises(InputError, match=message):
             experiment.import_tf1(str(prefix), config(), str(tmp_path / "w"))

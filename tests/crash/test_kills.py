@@ -31,9 +31,9 @@ ARGS = (
 )  # fmt: skip
 SLOW_DISK = """
 import runpy, sys, time
-from ddpm_tf.storage import checkpoints
-fsync = checkpoints.fsync
-checkpoints.fsync = lambda path: (time.sleep(0.1), fsync(path))
+from ddpm_tf import files
+fsync = files.fsync
+files.fsync = lambda path: (time.sleep(0.1), fsync(path))
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -176,6 +176,7 @@ def test_a_step_that_outlasts_the_grace_period_is_left_without_saving(tmp_path):
     while len(rows(tmp_path) if (tmp_path / "metrics.jsonl").exists() else ()) < 20:
         assert process.poll() is None
         time.sleep(0.05)
+    time.sleep(1)  # the row is written within step 20; the signal must come in the next one
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 143 and "did not end within --grace_period_s=2; left without saving" in errors, errors

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ddpm_tf import files
 from ddpm_tf.errors import RunError
 from ddpm_tf.storage import checkpoints
 
@@ -89,7 +90,7 @@ class Saver:
                 checkpoints.verify(path)
             except RunError as e:
                 found.append(f"{path.name} is there and not whole: {e}")
-        checkpoints.sweep(self.folder)
+        files.sweep(self.folder)
         checkpoints.save(str(self.folder), 3, {"step": np.array(3)}, {}, keep=1)
         left = [p.name for p in self.folder.iterdir()]
         if left != ["step_000000000003"]:

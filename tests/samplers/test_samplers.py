@@ -5,11 +5,12 @@ import pytest
 import tensorflow as tf
 
 from ddpm_tf.diffusion.process import GaussianDiffusion
-from ddpm_tf.diffusion.schedules import Schedule, make_betas
+from ddpm_tf.diffusion.schedules import TIMESTEP_SPACINGS, Schedule, make_betas
 from ddpm_tf.diffusion.variance import VARIANCES
 from ddpm_tf.errors import InputError
 from ddpm_tf.samplers import SAMPLERS, interpolate, make_sampler, sample
-from ddpm_tf.samplers.loop import initial_noise, run_loop, step_noise
+from ddpm_tf.samplers.loop import initial_noise, step_noise
+from tests.conftest import run_chain
 
 MU, S = 0.4, 0.5
 SCHEDULE = Schedule(make_betas("linear", 1000))
@@ -34,7 +35,7 @@ def affine_response(sampler):
     # Example k < S_steps sees a unit of noise at step k only; then one with x_T = 1; then one with nothing.
     x_T = tf.one_hot([S_steps], S_steps + 2)[0][:, None, None, None]
     noise_fn = lambda seeds, i, shape: tf.one_hot(i, S_steps + 2)[:, None, None, None]  # noqa: E731
-    run = tf.function(lambda x_T: run_loop(sampler, analytic_denoiser(sampler), x_T, None, noise_fn=noise_fn)[0])
+    run = tf.function(lambda x_T: run_chain(sampler, analytic_denoiser(sampler), x_T, None, noise_fn=noise_fn).x)
     x = run(x_T)
     x = x.numpy().ravel().astype(np.float64)
     response = x[:-1] - x[-1]
@@ -59,8 +60,8 @@ def recursion(schedule, log_variance):
 @pytest.mark.parametrize("variance", ["fixed_large", "fixed_small"])
 @pytest.mark.parametrize("num_steps", [1000, 50, 7, 1])
 def test_ancestral_moments_follow_the_linear_recursion(variance, num_steps):
-    diffusion = GaussianDiffusion(SCHEDULE, variance=variance, clip=False)
-    sampler = make_sampler("ddpm", diffusion, num_steps=num_steps)
+    diffusion = GaussianDiffusion(SCHEDULE, variance=variance)
+    sampler = make_sampler("ddpm", diffusion, num_steps=num_steps, clip=False)
     a, noise_variance, c = affine_response(sampler)
     schedule = sampler.diffusion.schedule
     mean, total = recursion(
@@ -71,12 +72,12 @@ def test_ancestral_moments_follow_the_linear_recursion(variance, num_steps):
 
 
 def test_ddim_error_falls_as_one_over_S():
-    diffusion = GaussianDiffusion(SCHEDULE, clip=False)
+    diffusion = GaussianDiffusion(SCHEDULE)
     errors = []
     for num_steps in (25, 50, 100, 200):
-        sampler = make_sampler("ddim", diffusion, num_steps=num_steps, spacing="trailing")
+        sampler = make_sampler("ddim", diffusion, num_steps=num_steps, spacing="trailing", clip=False)
         x_T = tf.reshape(tf.constant([0.0, 1.0]), [2, 1, 1, 1])
-        x, _, _ = run_loop(sampler, analytic_denoiser(sampler), x_T, None)
+        x = run_chain(sampler, analytic_denoiser(sampler), x_T, None).x
         slope = float(x[1, 0, 0, 0] - x[0, 0, 0, 0])
         abar = SCHEDULE.alphas_cumprod[-1]
         errors.append(abs(slope) * np.sqrt(abar * S**2 + 1 - abar) - S)  # x_T from the exact marginal
@@ -88,12 +89,12 @@ def test_ddim_error_falls_as_one_over_S():
 @pytest.mark.parametrize("clip", [False, True])
 def test_ddim_with_eta_1_is_fixed_small_ancestral_sampling(small_network, clip):
     """Over the whole chain, given the same noise, the same clip setting, and eps from the clipped x_0."""
-    diffusion = GaussianDiffusion(Schedule(make_betas("linear", 12, beta_start=1e-3, beta_end=0.7)), clip=clip)
-    small = GaussianDiffusion(diffusion.schedule, variance="fixed_small", clip=clip)
+    diffusion = GaussianDiffusion(Schedule(make_betas("linear", 12, beta_start=1e-3, beta_end=0.7)))
+    small = GaussianDiffusion(diffusion.schedule, variance="fixed_small")
     x_T, denoise_fn = initial_noise([1, 2], (8, 8, 1)), lambda x, i: small_network({"x_t": x, "t": i})
     a, b = (
-        run_loop(sampler, denoise_fn, x_T, [1, 2])[0].numpy()
-        for sampler in (make_sampler("ddim", diffusion, eta=1.0), make_sampler("ddpm", small))
+        run_chain(sampler, denoise_fn, x_T, [1, 2]).x.numpy()
+        for sampler in (make_sampler("ddim", diffusion, eta=1.0, clip=clip), make_sampler("ddpm", small, clip=clip))
     )
     np.testing.assert_allclose(a, b, atol=1e-5 * max(1, abs(b).max()))
 
@@ -104,8 +105,8 @@ def test_ddim_without_noise_is_a_function_of_the_seed_alone(small_network):
     refuse = lambda *_: pytest.fail("ddim with eta 0 asked for noise")  # noqa: E731
     x_T = initial_noise([3], (8, 8, 1))
     denoise_fn = lambda x, i: small_network({"x_t": x, "t": i})  # noqa: E731
-    first, _, _ = run_loop(sampler, denoise_fn, x_T, [3], noise_fn=refuse)
-    second, _, _ = run_loop(sampler, denoise_fn, x_T, [77], noise_fn=refuse)
+    first = run_chain(sampler, denoise_fn, x_T, [3], noise_fn=refuse).x
+    second = run_chain(sampler, denoise_fn, x_T, [77], noise_fn=refuse).x
     np.testing.assert_array_equal(first, second)
 
 
@@ -121,7 +122,7 @@ def test_ancestral_chain_matches_the_original(reference):
     for variance in ("fixed_large", "fixed_small"):
         sampler = make_sampler("ddpm", reference.diffusion(variance=variance))
         run = tf.function(
-            lambda x, start, stop, sampler=sampler: run_loop(
+            lambda x, start, stop, sampler=sampler: run_chain(
                 sampler, lambda x_t, i: network({"x_t": x_t, "t": i}), x, tf.zeros([x.shape[0]], tf.int64),
                 start=start, stop=stop, noise_fn=noise_fn,
             )[:2]
@@ -176,7 +177,7 @@ def test_a_seed_is_the_same_image_in_any_batch_and_any_mode(small_network, name,
         return small_network({"x_t": x_t, "t": t})
 
     def run(seeds):
-        return run_loop(sampler, denoise_fn, initial_noise(seeds, (8, 8, 1)), seeds)[0]
+        return run_chain(sampler, denoise_fn, initial_noise(seeds, (8, 8, 1)), seeds).x
 
     few = tf.constant(seeds[4:7])
     if num_steps <= 50:
@@ -197,12 +198,11 @@ def test_step_noise_differs_between_steps_and_seeds():
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
-@pytest.mark.parametrize("spacing", ["uniform", "quad", "linspace", "trailing"])
+@pytest.mark.parametrize("spacing", sorted(TIMESTEP_SPACINGS))
 def test_any_number_of_steps_gives_finite_images(name, spacing):
     for num_steps in (1, 2, 13):
         sampler = make_sampler(name, GaussianDiffusion(SCHEDULE), num_steps=num_steps, spacing=spacing)
-        x, _, _ = run_loop(sampler, analytic_denoiser(sampler), initial_noise([0], (2, 2, 1)), [0])
-        assert np.isfinite(x).all()
+        assert np.isfinite(run_chain(sampler, analytic_denoiser(sampler), initial_noise([0], (2, 2, 1)), [0]).x).all()
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,11 @@ def test_any_number_of_steps_gives_finite_images(name, spacing):
         ("ddim", {"num_steps": 0}, r"within 1\.\.1000"),
         ("ddim", {"num_steps": 1001}, r"within 1\.\.1000"),
         ("ddim", {"eta": 1.5}, r"within 0\.\.1, found 1.5"),
-        ("ddpm", {"eta": 0.5}, "eta is a setting of the ddim sampler"),
+        (
+            "ddpm",
+            {"eta": 0.5},
+            "eta is a setting of the sampler ddim; ddpm has no such setting, and eta=0.5 was given",
+        ),
         ("ddim", {"num_steps": 5, "spacing": "log"}, "Unknown timestep spacing"),
     ],
 )
@@ -315,7 +319,7 @@ class Labelled:
 
 
 def test_guidance_goes_from_unconditional_through_conditional_and_beyond():
-    network, sampler = Labelled(), make_sampler("ddim", GaussianDiffusion(SCHEDULE, clip=False), num_steps=3)
+    network, sampler = Labelled(), make_sampler("ddim", GaussianDiffusion(SCHEDULE), num_steps=3, clip=False)
 
     def run(labels, **kwargs):
         return sample(network, sampler, [1, 1], labels=labels, **kwargs).images

@@ -13,7 +13,6 @@ from configs import digits
 from ddpm_tf import builders, experiment
 from ddpm_tf.samplers import make_sampler
 from ddpm_tf.serving.export import save_model
-from ddpm_tf.storage import checkpoints
 from ddpm_tf.storage.workdir import write_workdir
 from tests.conftest import drawn_weight, tf1_name
 from tests.serving.c_api import CSession
@@ -33,7 +32,7 @@ def workdir(tmp_path_factory):
     for v in model.ema_network.variables:
         v.assign(drawn_weight(tf1_name(v.path), v.shape, 5))
     path = tmp_path_factory.mktemp("serving") / "workdir"
-    write_workdir(str(path), config, {k: v.numpy() for k, v in checkpoints.variables_by_name(model).items()})
+    write_workdir(str(path), config, {k: v.numpy() for k, v in model.state().items()})
     return path
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from ddpm_tf.errors import InputError
-from ddpm_tf.serving.client import Client
-from ddpm_tf.serving.transports import TRANSPORTS, ServerError, Signature, TensorInfo, VersionStatus
+from ddpm_tf.serving.client import Client, main
+from ddpm_tf.serving.transports import TRANSPORTS, ServerError, SignatureInfo, TensorInfo, VersionStatus
 
 pytest.importorskip("requests", reason="the client needs ddpm_tf[serving]: requests")
 
@@ -48,7 +48,7 @@ def test_addresses_that_cannot_be_used():
         with pytest.raises(InputError, match="messages would show") as e:
             Client(address, "digits", transport=kind)
         assert "secret" not in str(e.value)
-    with pytest.raises(InputError, match="is no URL"):
+    with pytest.raises(InputError, match="is not a URL"):
         Client("http://[::1", "digits")
     with pytest.raises(InputError, match="without a scheme"):
         Client("http://localhost:8500", "digits", transport="grpc")
@@ -158,9 +158,9 @@ class RollingOver:
         image, seed = TensorInfo("float32", (None, 1, 1, 1)), TensorInfo("int64", (None,))
         step = {"x_t": image, "step": TensorInfo("int32", (None,)), "seed": seed}
         return {
-            "sample": Signature({"seed": seed}, {"images": TensorInfo("uint8", (None, 1, 1, 1))}),
-            "initial_noise": Signature({"seed": seed}, {"x_T": image}),
-            "denoise_step": Signature(step, {"x_prev": image, "x_0": image}),
+            "sample": SignatureInfo({"seed": seed}, {"images": TensorInfo("uint8", (None, 1, 1, 1))}),
+            "initial_noise": SignatureInfo({"seed": seed}, {"x_T": image}),
+            "denoise_step": SignatureInfo(step, {"x_prev": image, "x_0": image}),
         }
 
     def predict(self, signature, inputs, names, timeout):
@@ -189,3 +189,101 @@ def test_one_call_is_answered_by_one_version(monkeypatch):
     assert RollingOver.asked[-6:] == [first, first, second, second, first, second]
     with pytest.raises(InputError, match="num_steps must be at least 1"):
         list(client.denoise([0], num_steps=0))
+
+
+class Conditional:
+    """A class-conditional model with self-conditioning; its images hold label and guidance_scale."""
+
+    requests = []
+
+    def __init__(self, address, model, *, version=None, label=None):
+        pass
+
+    def status(self, timeout):
+        return [VersionStatus(1, "AVAILABLE", "")]
+
+    def metadata(self, timeout):
+        image, seed = TensorInfo("float32", (None, 1, 1, 1)), {"seed": TensorInfo("int64", (None,))}
+        label = {"label": TensorInfo("int32", (None,))}
+        conditions = label | {"guidance_scale": TensorInfo("float32", (None,))}
+        step = {"x_t": image, "step": TensorInfo("int32", (None,)), "x_0": image}
+        return {
+            "sample": SignatureInfo(seed | conditions, {"images": TensorInfo("uint8", (None, 1, 1, 2))}),
+            "initial_noise": SignatureInfo(seed, {"x_T": image}),
+            "denoise_step": SignatureInfo(seed | conditions | step, {"x_prev": image, "x_0": image}),
+            "bits_per_dim": SignatureInfo(
+                seed | label | {"images": image}, {"total_bpd": TensorInfo("float32", (None,))}
+            ),
+        }
+
+    def predict(self, signature, inputs, names, timeout):
+        Conditional.requests.append((signature, inputs))
+        count = len(inputs["seed"])
+        if signature == "sample":
+            return {"images": np.stack([inputs["label"], inputs["guidance_scale"]], 1).reshape(-1, 1, 1, 2)}
+        if signature == "denoise_step":
+            return {"x_prev": inputs["x_t"], "x_0": inputs["x_0"] + 1}
+        return {name: np.zeros((count, 1, 1, 1) if name == "x_T" else count) for name in names}
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def conditional(monkeypatch):
+    monkeypatch.setitem(TRANSPORTS, "rest", Conditional)
+    monkeypatch.setattr(Conditional, "requests", [])
+    return Client("localhost:1", "digits", max_batch=2)
+
+
+def test_labels_and_guidance_are_sent_one_for_each_image(conditional):
+    images = conditional.sample(range(5), labels=[0, 1, 2, 3, 4], guidance_scale=3.0)
+    assert images.reshape(5, 2).tolist() == [[k, 3] for k in range(5)]
+    assert conditional.sample([7], labels=2).reshape(2).tolist() == [2, 1]  # conditional
+    conditional.bits_per_dim(np.zeros((3, 1, 1, 1), np.float32), range(3), labels=1)
+    assert [sorted(inputs) for _, inputs in Conditional.requests[-2:]] == [["images", "label", "seed"]] * 2
+
+
+def test_a_model_with_self_conditioning_gets_the_x_0_of_the_step_before(conditional):
+    steps = list(conditional.denoise([0, 1], num_steps=3, labels=0))
+    sent = [inputs["x_0"].max() for name, inputs in Conditional.requests if name == "denoise_step"]
+    assert sent == [0, 1, 2] and steps[-1].x_0.max() == 3
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({}, "This model is class-conditional: give labels"),
+        ({"labels": [0, 1]}, "labels must be one number or 3 of them"),
+        ({"labels": 0.5}, "labels must be int32, found float64"),
+        ({"labels": [0, 0, 2**40]}, "labels must be int32, found int64"),  # the first request would have been sent
+        ({"labels": 0, "guidance_scale": [1.0, 2.0]}, "guidance_scale must be one number or 3"),
+    ],
+)
+def test_labels_that_a_model_does_not_take_are_refused_before_a_request(conditional, kwargs, message):
+    with pytest.raises(InputError, match=message):
+        conditional.sample(range(3), **kwargs)
+    assert not Conditional.requests
+
+
+def test_the_command_line_uses_labels_in_turn(conditional, tmp_path, capsys):
+    command = ["--model=digits", "--num_images=3", "--guidance_scale=2.5", f"--out={tmp_path / 'drawn'}"]
+    assert main([*command, "--labels=4,1"]) == 0, capsys.readouterr().err
+    ((_, inputs),) = Conditional.requests
+    assert inputs["label"].tolist() == [4, 1, 4] and inputs["guidance_scale"].tolist() == [2.5] * 3
+    assert main([*command[:-1], f"--out={tmp_path / 'other'}"]) == 2
+    assert "give labels" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as e:
+        main([*command, "--labels=4,x"])
+    assert e.value.code == 2 and "expected integers such as 0,1,2, found '4,x'" in capsys.readouterr().err
+
+
+def test_an_unconditional_model_takes_no_labels(monkeypatch):
+    monkeypatch.setitem(TRANSPORTS, "rest", RollingOver)
+    client = Client("localhost:1", "digits")
+    for kwargs, message in (
+        ({"labels": 0}, "Labels were given, but this model is unconditional"),
+        ({"guidance_scale": 2.0}, "guidance_scale was given, but this model is unconditional"),
+    ):
+        with pytest.raises(InputError, match=message):
+            client.sample([0], **kwargs)

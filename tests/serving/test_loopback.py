@@ -49,7 +49,9 @@ def models(exported, workdir, tmp_path_factory):
     """digits/1 is DDIM, digits/2 ancestral; models.config has its example of two labels switched on."""
     folder = tmp_path_factory.mktemp("served") / "models"
     shutil.copytree(exported.parent, folder)
-    experiment.export(str(workdir), str(folder / "digits"), sampler="ddpm", max_batch=MAX_BATCH, bpd_steps=3)
+    experiment.export(
+        str(workdir), str(folder / "digits"), settings={"sampler": "ddpm"}, max_batch=MAX_BATCH, bpd_steps=3
+    )
     (folder / "digits" / ".tmp-3").mkdir()  # as an export that was killed leaves it
     config = folder / "models.config"
     config.write_text(uncommented(config.read_text()))

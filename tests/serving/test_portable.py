@@ -49,7 +49,7 @@ def test_other_runtimes_compute_what_tensorflow_computes(name, package, run, inf
 @pytest.mark.slow
 def test_what_draws_noise_is_not_exported(workdir, tmp_path):
     pytest.importorskip("openvino", reason="needs openvino, the extra of that name")
-    experiment.export(str(workdir), str(tmp_path / "digits"), format="openvino", sampler="ddpm")
+    experiment.export(str(workdir), str(tmp_path / "digits"), format="openvino", settings={"sampler": "ddpm"})
     files = {p.name for p in (tmp_path / "digits" / "1").iterdir()}
     assert files == {"denoise.xml", "denoise.bin", "model_card.json"}
 

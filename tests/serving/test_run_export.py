@@ -28,7 +28,9 @@ def test_the_card_tells_what_is_served_and_every_file(workdir, inference, export
     assert (card["name"], card["version"], card["format"], card["max_batch"]) == ("digits", 1, "saved_model", MAX_BATCH)
     assert card["weights"] == "moving average" and card["weights_sha256"] == weights_digest(inference.network)
     assert card["license"] == "not stated" and card["evaluation"] is None
-    assert card["config"] == json.loads((workdir / "config.json").read_text()) | {"sample": card["config"]["sample"]}
+    config = json.loads((workdir / "config.json").read_text())
+    assert config.pop("ddpm_tf") == card["versions"]["ddpm_tf"]
+    assert card["config"] == config | {"sample": card["config"]["sample"]}
     assert card["sampler"]["timesteps"] == [0, 25, 50, 75] and card["bits_per_dim"]["timesteps"] == [0, 50, 99]
     files = {str(p.relative_to(exported / "1")): p for p in (exported / "1").rglob("*") if p.is_file()}
     del files["model_card.json"]
@@ -92,8 +94,8 @@ def test_without_the_serving_api_the_export_is_whole_but_for_the_warm_up(workdir
         ({"format": "tflite"}, "Unknown format 'tflite'"),
         ({"max_batch": 0}, "--max_batch must be within"),
         ({"bpd_steps": 101}, "--bpd_steps must be within 1..100"),
-        ({"num_steps": 101}, "within 1..100"),
-        ({"sampler": "heun"}, "Unknown sampler"),
+        ({"settings": {"num_steps": 101}}, "within 1..100"),
+        ({"settings": {"sampler": "heun"}}, "Unknown sampler"),
         ({"version": 0}, "--version must be within"),
         ({"workdir": "nowhere"}, "does not exist"),
         ({"out": "a b"}, "name must be letters"),

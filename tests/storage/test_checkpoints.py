@@ -4,18 +4,22 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ddpm_tf import __version__, files
 from ddpm_tf.callbacks import saving
 from ddpm_tf.errors import InputError, NoValidCheckpointError, NumericsError, StorageError, WorkdirError
 from ddpm_tf.storage import checkpoints
+from ddpm_tf.storage.checkpoint_folder import FORMAT, MANIFEST_FORMAT
 from ddpm_tf.storage.workdir import locked
 
 CORRUPTIONS = int(os.environ.get("CRASH_CORRUPTIONS", "100"))
-TENSORS = {"network/a": np.arange(6, dtype=np.float32).reshape(2, 3), "step": np.array(7)}
+LOSS_SCALE = {"loss_scale/scale": np.array(8, np.float32), "loss_scale/finite_steps": np.array(5)}
+TENSORS = {"network/a": np.arange(6, dtype=np.float32).reshape(2, 3), "step": np.array(7), **LOSS_SCALE}
 
 
 def names(folder):
@@ -40,7 +44,10 @@ def test_saving_and_restoring_is_the_identity(tmp_path):
         "state.data-00000-of-00001",
         "state.index",
     ]
-    assert json.loads((tmp_path / "step_000000000007" / "meta.json").read_text())["format"] == checkpoints.FORMAT
+    assert json.loads((tmp_path / "step_000000000007" / "meta.json").read_text())["format"] == FORMAT
+    manifest = json.loads((tmp_path / "step_000000000007" / "MANIFEST.json").read_text())
+    assert (manifest["format"], manifest["version"]) == (MANIFEST_FORMAT, __version__)
+    assert manifest["files"].keys() == {"meta.json", "state.data-00000-of-00001", "state.index"}
 
 
 def test_the_newest_are_kept_and_litter_is_swept(tmp_path):
@@ -49,7 +56,7 @@ def test_the_newest_are_kept_and_litter_is_swept(tmp_path):
     for name in (".tmp-5-x", ".trash-1-y"):
         shutil.copytree(tmp_path / "step_000000000003", tmp_path / name)
     assert checkpoints.restore_latest(tmp_path)[0] == 4
-    checkpoints.sweep(tmp_path)
+    files.sweep(tmp_path)
     assert names(tmp_path) == ["step_000000000003", "step_000000000004"]
 
 
@@ -59,7 +66,10 @@ def corrupt(path, rng):
     kind = rng.choice(["flip", "cut", "empty", "remove", "grow"])
     data = bytearray(file.read_bytes())
     if kind == "flip":
-        data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        # The manifest's head may become the name of another version, which nothing depends on, or a newer format, which is
+        # refused.
+        first = data.find(b'"files"') if file.name == "MANIFEST.json" else 0
+        data[rng.integers(first, len(data))] ^= 1 << rng.integers(8)
     elif kind == "cut":
         del data[rng.integers(len(data)) :]
     elif kind == "empty":
@@ -108,36 +118,19 @@ def test_older_ones_stay_until_the_new_one_has_been_verified(tmp_path, monkeypat
     assert "step_000000000001" in names(tmp_path)
 
 
-@pytest.mark.parametrize(("format", "message"), [(99, r"by ddpm_tf x in .* format 99.* Upgrade"), (1, "format 1, by")])
-def test_another_format_is_refused_and_left_where_it_is(tmp_path, monkeypatch, format, message):
-    save(tmp_path, 1)
-    monkeypatch.setattr(checkpoints, "FORMAT", format)
-    save(tmp_path, 2)
-    monkeypatch.undo()
-    with pytest.raises(InputError, match=message):
-        checkpoints.restore_latest(tmp_path, quarantine=True)
-    assert names(tmp_path) == ["step_000000000001", "step_000000000002"]
-
-
 def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
     now, saved = [0.0], []
     monkeypatch.setattr(saving.time, "monotonic", lambda: now[0])
     callback = saving.Checkpoints(
         0, folder=str(tmp_path), every=0, minutes=2, num_steps=10**9, keep=3, keep_every=0, meta={}
     )
-    monkeypatch.setattr(saving.checkpoints, "variables_by_name", lambda model: {})
+    callback.set_model(types.SimpleNamespace(state=lambda: {}))
     monkeypatch.setattr(saving.checkpoints, "save", lambda folder, step, *args, **kwargs: saved.append(step))
     for step in range(1, 12):  # half a minute each
         now[0] += 30
         callback.on_step(step, None)
     callback.wait()
     assert saved == [4, 8]
-
-
-def test_a_damaged_manifest_that_still_parses_is_no_manifest(tmp_path):
-    save(tmp_path, 1, 2)
-    (tmp_path / "step_000000000002" / "MANIFEST.json").write_text("{}")
-    assert checkpoints.restore_latest(tmp_path)[0] == 1
 
 
 def test_only_the_trainer_renames_what_does_not_verify(tmp_path):
@@ -170,7 +163,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_litter(tmp_path, monkeypa
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "fsync", full)
+    monkeypatch.setattr(files, "fsync", full)
     with pytest.raises(StorageError, match=r"No space left.*It needs \d+ bytes; [\d,]+ are free") as e:
         save(tmp_path, 2)
     assert e.value.exit_code == 74 and names(tmp_path) == ["step_000000000001"]
@@ -180,7 +173,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_litter(tmp_path, monkeypa
 
 
 def test_a_passing_fault_is_tried_again(tmp_path, monkeypatch):
-    faults, fsync = [OSError(errno.EIO, "Input/output error")] * 2, checkpoints.fsync
+    faults, fsync = [OSError(errno.EIO, "Input/output error")] * 2, files.fsync
     monkeypatch.setattr(checkpoints.time, "sleep", lambda seconds: None)
 
     def flaky(path):
@@ -188,20 +181,20 @@ def test_a_passing_fault_is_tried_again(tmp_path, monkeypatch):
             raise faults.pop()
         fsync(path)
 
-    monkeypatch.setattr(checkpoints, "fsync", flaky)
+    monkeypatch.setattr(files, "fsync", flaky)
     save(tmp_path, 1)
     assert names(tmp_path) == ["step_000000000001"] and not faults
 
 
 def test_files_reach_the_disk_before_the_name_does(tmp_path, monkeypatch):
-    events, fsync, rename = [], checkpoints.fsync, os.rename
-    monkeypatch.setattr(checkpoints, "fsync", lambda p: (events.append(("fsync", Path(p).name)), fsync(p)))
+    events, fsync, rename = [], files.fsync, os.rename
+    monkeypatch.setattr(files, "fsync", lambda p: (events.append(("fsync", Path(p).name)), fsync(p)))
     monkeypatch.setattr(os, "rename", lambda a, b: (events.append(("rename", Path(b).name)), rename(a, b)))
     save(tmp_path / "ckpt", 1)
     kinds = [kind for kind, _ in events]
-    files = {name for kind, name in events[: kinds.index("rename")]}
-    assert {"state.index", "state.data-00000-of-00001", "meta.json", "MANIFEST.json"} < files
-    assert any(name.startswith(".tmp-1-") for name in files)
+    synced = {name for kind, name in events[: kinds.index("rename")]}
+    assert {"state.index", "state.data-00000-of-00001", "meta.json", "MANIFEST.json"} < synced
+    assert any(name.startswith(".tmp-step_000000000001-") for name in synced)
     assert events[kinds.index("rename") :] == [("rename", "step_000000000001"), ("fsync", "ckpt")]
 
 

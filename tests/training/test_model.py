@@ -13,23 +13,15 @@ from ddpm_tf.networks import UNet
 from ddpm_tf.training.ema import make_ema_network
 from ddpm_tf.training.model import DiffusionModel
 from ddpm_tf.training.optimizers import make_optimizer
-from tests.conftest import mirrored, tf1_name
+from tests.conftest import draw_from_tables, mirrored, tf1_name
 
 SCHEDULE = Schedule(make_betas("linear", 1000))
 
 
-class ReferenceModel(DiffusionModel):
-    """Draws t and eps from the recorded tables instead."""
-
-    def draws(self, index, step):
-        t, eps = (tf.gather(tf.constant(self.recorded[k]), step) for k in ("train_t", "train_eps"))
-        return t, eps, tf.zeros([t.shape[0], 2], tf.int32)
-
-
 @pytest.mark.slow
 def test_twelve_steps_match_the_original(reference):
-    model = ReferenceModel(reference.network(), reference.diffusion(), ema_decay=0.9, grad_clip=1.0)
-    model.recorded = reference
+    model = DiffusionModel(reference.network(), reference.diffusion(), ema_decay=0.9, grad_clip=1.0)
+    draw_from_tables(model, reference)
     model.compile(make_optimizer(learning_rate=2e-3, warmup_steps=5))
     iterator = iter(tf.data.Dataset.from_tensor_slices({"image": reference["train_x0"]}))
     model.make_train_function()
@@ -116,7 +108,7 @@ def first_step(replicas):
             context = tf.distribute.get_replica_context()
             size = tf.shape(batch["image"])[0]
             index = context.replica_id_in_sync_group * size + tf.range(size)
-            draws = model.draws(index, tf.constant(0))
+            draws = model.objective.draws(index, tf.constant(0))
             scale = 1 / context.num_replicas_in_sync
             _, _, gradients = model.loss_and_gradient(batch["image"], None, index, tf.constant(0), tf.constant(scale))
             return (batch["image"], *draws), context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
@@ -231,11 +223,11 @@ def test_batches_of_another_dtype_size_or_range_are_refused():
         ({"image": tf.zeros((2, 9, 8, 1))}, r"\(2, 9, 8, 1\)"),
     ):
         with pytest.raises(InputError, match=message):
-            model._checked(batch)
+            model.objective.check(batch)
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"within \[-1, 1\]"):
-        model._checked({"image": tf.fill((2, 8, 8, 1), 255.0)})
+        model.objective.check({"image": tf.fill((2, 8, 8, 1), 255.0)})
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"within \[-1, 1\]"):
-        model._checked({"image": tf.fill((2, 8, 8, 1), float("nan"))})
+        model.objective.check({"image": tf.fill((2, 8, 8, 1), float("nan"))})
 
 
 def test_the_keras_methods_that_are_replaced_still_exist():

@@ -94,21 +94,21 @@ def small_model(name, replicas=1):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizers_slots_are_saved_and_restored_by_name(tmp_path, name):
     model, twin = small_model(name), small_model(name)
-    variables = checkpoints.variables_by_name(model)
+    variables = model.state()
     slots = {f"optimizer/{s}/{v.path}" for s in ("momentum", "velocity") for v in model.network.trainable_variables}
     assert slots == {key for key in variables if key.startswith("optimizer/")}
     for k, key in enumerate(sorted(slots)):
         variables[key].assign(tf.random.stateless_uniform(variables[key].shape, (0, k)))
     tensors = {key: v.numpy() for key, v in variables.items()}
     checkpoints.save(str(tmp_path), 3, tensors, {}, keep=1)
-    assign(checkpoints.variables_by_name(twin), checkpoints.restore_latest(str(tmp_path))[1], "the checkpoint")
+    assign(twin.state(), checkpoints.restore_latest(str(tmp_path))[1], "the checkpoint")
     for ours, theirs in zip(model.optimizer.variables, twin.optimizer.variables, strict=True):
         np.testing.assert_array_equal(ours.numpy(), theirs.numpy(), err_msg=ours.path)
 
 
 @pytest.mark.slow
 def test_rmsprops_slots_start_at_one_and_zero_on_every_replica():
-    for key, v in checkpoints.variables_by_name(small_model("rmsprop", replicas=2)).items():
+    for key, v in small_model("rmsprop", replicas=2).state().items():
         if key.startswith("optimizer/"):
             for copy in v.value.values:
                 np.testing.assert_array_equal(copy.numpy(), np.full(v.shape, float("velocity" in key)), err_msg=key)

@@ -110,7 +110,7 @@ class NaNForward(DiffusionModel):
 def test_a_loss_that_is_not_finite_counts_whatever_the_scale():
     model = make(dtype="mixed_float16", cls=NaNForward, max_skipped_steps=2, size=4, ch=32)
     fit(model, 3, batch_size=2)
-    assert (model.skipped_total.numpy(), model.skipped_in_a_row.numpy()) == (2, 2)
+    assert (model.skipped.total.numpy(), model.skipped.in_a_row.numpy()) == (2, 2)
     assert model.loss_scale.scale.numpy() > 1
 
 
@@ -120,15 +120,15 @@ def test_two_hundred_overflows_leave_the_scale_at_its_floor_and_the_weights_fini
     model.bad_steps = 200
     before = [v.numpy() for v in model.network.variables]
     fit(model, 200, batch_size=2)
-    assert model.loss_scale.scale.numpy() == 1.0 and model.skipped_total.numpy() == 200
-    assert model.skipped_in_a_row.numpy() == 200 - 15  # 2^15 halvings were cures, not failures
+    assert model.loss_scale.scale.numpy() == 1.0 and model.skipped.total.numpy() == 200
+    assert model.skipped.in_a_row.numpy() == 200 - 15  # 2^15 halvings were cures, not failures
     for v, old in zip(model.network.variables, before, strict=True):
         np.testing.assert_array_equal(v.numpy(), old)
     model.bad_steps = 0
     model.compile(make_optimizer(learning_rate=1e-3, warmup_steps=0))
     model.make_train_function(force=True)
     fit(model, 3, batch_size=2)
-    assert model.skipped_in_a_row.numpy() == 0
+    assert model.skipped.in_a_row.numpy() == 0
     assert all(np.isfinite(v.numpy()).all() for v in (*model.network.variables, *model.ema_network.variables))
     assert any((v.numpy() != old).any() for v, old in zip(model.network.variables, before, strict=True))
 

@@ -1,0 +1,114 @@
+"""A trained workdir, loaded to draw from."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+from absl import logging
+from ml_collections import ConfigDict
+
+from ddpm_tf import builders
+from ddpm_tf import config as config_lib
+from ddpm_tf.cluster.strategy import configure_devices
+from ddpm_tf.diffusion.process import GaussianDiffusion
+from ddpm_tf.errors import InputError
+from ddpm_tf.experiment.run import read_config
+from ddpm_tf.networks.contract import Network
+from ddpm_tf.samplers.base import Sampler
+from ddpm_tf.storage.bundles import assign
+from ddpm_tf.storage.workdir import read_newest
+
+
+class Inference(NamedTuple):
+    """What a workdir holds for sampling: its config, the network with its weights, the diffusion, and the step."""
+
+    config: ConfigDict
+    network: Network
+    diffusion: GaussianDiffusion
+    step: int
+
+
+def load_for_inference(workdir: str, *, ema: bool = True, strategy: tf.distribute.Strategy | None = None) -> Inference:
+    """The network of a workdir's newest checkpoint, in float32 with TF32 off.
+
+    Args:
+        workdir: as written by `train`.
+        ema: the moving average of the weights, else the weights themselves.
+        strategy: where the network's variables are made; None: on one device.
+
+    Raises:
+        InputError: no such workdir, no checkpoint in it yet, or one that does not fit its config.
+    """
+    return _load(read_config(workdir), workdir, ema, strategy)
+
+
+def _load(config: ConfigDict, workdir: str, ema: bool, strategy: tf.distribute.Strategy | None) -> Inference:
+    configure_devices()
+    step, tensors = read_newest(workdir)
+    diffusion = builders.build_diffusion(config)
+    with (strategy or tf.distribute.get_strategy()).scope():
+        network = builders.build_network(config, diffusion)
+    group = "ema/" if ema else "network/"
+    wanted = {name: tensor for name, tensor in tensors.items() if name.startswith(group)}
+    assign({group + v.path: v for v in network.variables}, wanted, f"The checkpoint of step {step}")
+    return Inference(config, network, diffusion, step)
+
+
+def with_sampling(config: ConfigDict, settings: Mapping[str, Any]) -> ConfigDict:
+    """A workdir's config, with some fields of its `sample` section changed.
+
+    Args:
+        settings: {field: value}. With another sampler, the settings that only the workdir's sampler has go back to their
+            defaults.
+
+    Raises:
+        InputError: values that cannot be used.
+    """
+    if settings.get("num_steps") == 0:
+        raise InputError("num_steps must be within 1..T, the trained chain; found 0.")
+    if settings.get("sampler", config.sample.sampler) != config.sample.sampler:
+        config.sample.sampler = settings["sampler"]
+        if config.sample.sampler in builders.TABLES["sample.sampler"]:
+            config = builders.without_foreign_settings(config, "The workdir's config.json")
+    for name, value in settings.items():
+        config.sample[name] = value
+    config_lib.validate(config)
+    config_lib.refuse(
+        [
+            f"{field.path}={config_lib.get(config, field.path)}: {path}={config_lib.get(config, path)} has no such setting"
+            for field, path in builders.foreign_settings(config)
+        ],
+        "The sampling settings",
+    )
+    return config
+
+
+def load_sampler(
+    workdir: str,
+    *,
+    ema: bool = True,
+    settings: Mapping[str, Any] | None = None,
+    strategy: tf.distribute.Strategy | None = None,
+) -> tuple[Inference, Sampler]:
+    """A workdir to draw from, and its sampler.
+
+    Args:
+        ema, strategy: see `load_for_inference`.
+        settings: {field: value} of the config's `sample` section, instead of the workdir's.
+
+    Raises:
+        InputError: as `load_for_inference` and `with_sampling`.
+    """
+    config = with_sampling(read_config(workdir), settings or {})
+    inference = _load(config, workdir, ema, strategy)
+    s = config.sample
+    sampler = builders.build_sampler(config, inference.diffusion)
+    if sampler.num_steps != (s.num_steps or sampler.num_steps):
+        logging.info("Spacing %s drops repeated timesteps: %d steps are left.", s.spacing, sampler.num_steps)
+    initial = config.train.ema_decay**inference.step
+    if ema and inference.step and initial > 0.05:
+        logging.warning(
+            "The moving average still holds %.0f %% of the initial weights after %d steps: train longer, or sample with the "
+            "weights themselves (--noema).", 100 * initial, inference.step,
+        )  # fmt: skip
+    return inference, sampler

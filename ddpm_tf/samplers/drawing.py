@@ -1,0 +1,176 @@
+"""Drawing: network, sampler, labels and guidance joined to images. Everything that samples goes through here."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from ddpm_tf.errors import InputError
+from ddpm_tf.networks.contract import Network
+from ddpm_tf.samplers.base import Sampler
+from ddpm_tf.samplers.denoiser import make_denoiser
+from ddpm_tf.samplers.loop import Carry, begin, initial_noise, run_loop
+
+# {"labels": int32 [N], "guidance": float32 [N]}; a condition that is not given is not in it
+Conditions = dict[str, tf.Tensor]
+
+
+def check_conditions(network: Network, count: int, labels: Any = None, guidance: Any = None) -> Conditions:
+    """The conditions of `count` images.
+
+    Args:
+        labels: integers within 0..num_classes (num_classes is the null class), one or `count` of them; None for an
+            unconditional network.
+        guidance: one weight or `count` of them; None: no guidance.
+
+    Raises:
+        InputError: labels or guidance that do not fit the network, or that cannot be used.
+    """
+    num_classes = getattr(network, "num_classes", None)
+    if (labels is None) != (num_classes is None):
+        raise InputError(
+            "A class-conditional network needs labels."
+            if labels is None
+            else "Labels were given, but the network is unconditional (num_classes=None)."
+        )
+    if guidance is not None and labels is None:
+        raise InputError("Guidance needs labels, and a class-conditional network.")
+    if labels is None:
+        return {}
+    labels = np.asarray(labels)
+    if labels.dtype.kind not in "iu" or labels.shape not in ((), (count,)):
+        raise InputError(f"labels must be one integer or {count} of them, found {labels.dtype} {list(labels.shape)}.")
+    if labels.min() < 0 or labels.max() > num_classes:
+        raise InputError(
+            f"labels must be within 0..{num_classes}, where {num_classes} means no class; found {labels.min()} to "
+            f"{labels.max()}."
+        )
+    conditions = {"labels": tf.constant(np.broadcast_to(labels, (count,)), tf.int32)}
+    if guidance is not None:
+        guidance = np.asarray(guidance, np.float32)
+        if guidance.shape not in ((), (count,)) or not np.isfinite(guidance).all():
+            raise InputError(f"guidance must be one finite number or {count} of them, found {guidance}.")
+        conditions["guidance"] = tf.constant(np.broadcast_to(guidance, (count,)))
+    return conditions
+
+
+def first_carry(network: Network, sampler: Sampler, seeds: tf.Tensor) -> Carry:
+    """The carry at x_T, drawn from int64 seeds [N]. For use inside a graph."""
+    image_shape = tuple(network.image_shape)
+    return begin(sampler, tf.ensure_shape(initial_noise(seeds, image_shape), [None, *image_shape]))
+
+
+def advance(
+    network: Network,
+    sampler: Sampler,
+    carry: Carry,
+    seeds: tf.Tensor,
+    conditions: Conditions,
+    *,
+    start: tf.Tensor | int | None = None,
+    stop: tf.Tensor | int = 0,
+) -> Carry:
+    """The moves start - 1, ..., stop of the sampler's plan, see `run_loop`. For use inside a graph."""
+    denoise = make_denoiser(network, sampler.diffusion, clip=sampler.clip, **conditions)
+    return run_loop(sampler, denoise, carry, seeds, start=start, stop=stop)
+
+
+class Drawing(NamedTuple):
+    """The tf.functions of a network and a sampler; the batch dimension is open.
+
+    begin: seeds -> Carry at x_T.
+    advance: (carry, seeds, conditions, start, stop) -> Carry; start and stop are int32 scalars, as in `run_loop`.
+    """
+
+    begin: Callable[..., Carry]
+    advance: Callable[..., Carry]
+
+
+_CONDITIONS = {"labels": tf.TensorSpec([None], tf.int32), "guidance": tf.TensorSpec([None], tf.float32)}
+
+
+def compiled(network: Network, sampler: Sampler, conditions: Conditions) -> Drawing:
+    """The Drawing for conditions of these names; it is made once and kept with the sampler."""
+    drawings = sampler.compiled.setdefault(network, {})
+    names = tuple(conditions)
+    if names not in drawings:
+        seed_spec, scalar = tf.TensorSpec([None], tf.int64), tf.TensorSpec([], tf.int32)
+        specs = {name: _CONDITIONS[name] for name in names}
+
+        @tf.function(input_signature=[seed_spec], autograph=False)
+        def start_drawing(seeds: tf.Tensor) -> Carry:
+            return first_carry(network, sampler, seeds)
+
+        carry_spec = tf.nest.map_structure(
+            tf.TensorSpec.from_tensor, start_drawing.get_concrete_function().structured_outputs
+        )
+
+        @tf.function(input_signature=[carry_spec, seed_spec, specs, scalar, scalar], autograph=False)
+        def go_on(carry: Carry, seeds: tf.Tensor, conditions: Conditions, start: tf.Tensor, stop: tf.Tensor) -> Carry:
+            return advance(network, sampler, carry, seeds, conditions, start=start, stop=stop)
+
+        drawings[names] = Drawing(start_drawing, go_on)
+    return drawings[names]
+
+
+def make_draw(
+    network: Network, sampler: Sampler, strategy: tf.distribute.Strategy | None = None
+) -> Callable[..., np.ndarray]:
+    """draw(seeds, labels=None, guidance=None) -> float32 [N, H, W, C]: the images of `sample`.
+
+    Args:
+        strategy: the strategy under which the network's variables were made. Its replicas in this process share the seeds.
+            Their images are those of one replica up to rounding, since each is a function of its seed. None: one device.
+    """
+    local = _local_replicas(strategy)
+    if strategy is None or local == 1:
+        return lambda seeds, labels=None, guidance=None: _draw_here(network, sampler, seeds, labels, guidance)
+    on_all = _on_all_replicas(network, sampler, strategy)
+
+    def draw(seeds: Any, labels: Any = None, guidance: Any = None) -> np.ndarray:
+        seeds = np.asarray(seeds, np.int64)
+        conditions = check_conditions(network, len(seeds), labels, guidance)
+        size = -(-len(seeds) // local)  # every replica gets as many
+        arrays = {"seeds": seeds, **{name: tensor.numpy() for name, tensor in conditions.items()}}
+        shared = {name: _share(strategy, np.resize(array, size * local)) for name, array in arrays.items()}
+        images = strategy.experimental_local_results(on_all(shared.pop("seeds"), shared))
+        return np.concatenate([part.numpy() for part in images])[: len(seeds)]
+
+    return draw
+
+
+def _local_replicas(strategy: tf.distribute.Strategy | None) -> int:
+    """How many replicas of the strategy this process has."""
+    return 1 if strategy is None or strategy.num_replicas_in_sync == 1 else len(strategy.extended.worker_devices)
+
+
+def _on_all_replicas(network: Network, sampler: Sampler, strategy: tf.distribute.Strategy) -> Callable[..., Any]:
+    """The tf.function (seeds, conditions) -> images, values of every replica; it is made once and kept with the sampler."""
+    drawings = sampler.compiled.setdefault(network, {})
+    if strategy not in drawings:
+
+        def on_replica(seeds: tf.Tensor, conditions: Conditions) -> tf.Tensor:
+            # run_loop needs an unknown batch size; without this the replica's static size would be traced in.
+            seeds = tf.compat.v1.placeholder_with_default(seeds, [None])
+            return advance(network, sampler, first_carry(network, sampler, seeds), seeds, conditions).x
+
+        @tf.function(autograph=False, reduce_retracing=True)
+        def on_all(seeds: tf.Tensor, conditions: Conditions) -> Any:
+            return strategy.run(on_replica, (seeds, conditions))
+
+        drawings[strategy] = on_all
+    return drawings[strategy]
+
+
+def _share(strategy: tf.distribute.Strategy, array: np.ndarray) -> Any:
+    """Equal parts of an array, one for each of this process's replicas."""
+    parts = iter(np.split(array, len(strategy.extended.worker_devices)))
+    return strategy.experimental_distribute_values_from_function(lambda _: tf.constant(next(parts)))
+
+
+def _draw_here(network: Network, sampler: Sampler, seeds: Any, labels: Any, guidance: Any) -> np.ndarray:
+    seeds = tf.constant(np.asarray(seeds, np.int64))
+    conditions = check_conditions(network, len(seeds), labels, guidance)
+    drawing, moves = compiled(network, sampler, conditions), tf.constant(sampler.plan.num_moves)
+    return drawing.advance(drawing.begin(seeds), seeds, conditions, moves, tf.constant(0)).x.numpy()

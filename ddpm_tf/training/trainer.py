@@ -1,0 +1,284 @@
+"""The trainer: replicas, micro-batches, loss scale, clipping, skipped steps and the moving average. It knows no diffusion."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from ddpm_tf.diffusion.process import GaussianDiffusion
+from ddpm_tf.errors import InputError, unknown_name
+from ddpm_tf.networks.contract import Network
+from ddpm_tf.training import diagnostics
+from ddpm_tf.training.ema import make_ema_network, update_ema
+from ddpm_tf.training.loss_scale import LossScale
+from ddpm_tf.training.objective import Objective
+from ddpm_tf.training.optimizers import slots_by_name
+from ddpm_tf.training.skipped import SkippedCounts, counter
+from ddpm_tf.training.step_flags import StepFlags
+
+GRAD_CLIP_MODES = ("global", "per_replica")
+LOGS = (
+    "loss", "grad_norm", "grad_norm_clipped", "learning_rate", "weight_norm", "ema_age", "loss_scale", "skipped",
+    *Objective.LOGS,
+)  # fmt: skip
+
+
+class DiffusionModel(keras.Model):
+    """Trains a network by `compile` and `fit`, and keeps the moving average of its weights.
+
+    Every draw of a step is a function of (seed, step, position in the global batch). So the numbers do not depend on how
+    many replicas share the batch, and a run that is resumed from a checkpoint is the same run.
+
+    Args:
+        network: a network as `UNet`.
+        diffusion: GaussianDiffusion.
+        seed: int64, of the timesteps, the noise and the dropout masks.
+        loss: simple, vlb or hybrid, see `losses`.
+        loss_weight: weight of the timesteps in the simple loss: none, snr, min_snr or p2.
+        loss_settings: {setting: value} of the loss weight, for example {"gamma": 5.0} of min_snr.
+        ema_decay: decay of the moving average, per step, in [0, 1).
+        grad_clip: largest global norm of the gradient; 0: no clipping.
+        grad_clip_mode: global (the norm of the whole batch's gradient; the result does not depend on the number of
+            replicas) or per_replica (the original's: each of N replicas clips the gradient of its loss / N at
+            grad_clip / N, and the clipped gradients are summed).
+        max_skipped_steps: after this many steps in a row with a loss or gradient that is not finite, no step changes
+            anything any more. At least 1. Overflows that a smaller loss scale can cure do not count (float16).
+        micro_batches: parts of a batch that are computed one after the other; the gradient is the mean of theirs. More
+            parts need less memory.
+
+    The log `grad_norm` is the norm before clipping: of the global batch's gradient or, under per_replica, the mean over the
+    replicas of the norm of each one's own.
+
+    Attributes:
+        objective: Objective, which computes a batch's loss.
+        skipped: SkippedCounts.
+        not_finite_at: int64 [replicas], the last step at which a replica's own loss or gradient was not finite; -1: none.
+            It is kept where there are several replicas.
+        stop_wish: int64, which each process may set to 1 to stop; stop_votes: its sum over the replicas at the last step.
+
+    `fit` takes batches {"image": float32 [B, H, W, C] in [-1, 1], "label": int32 [B] (optional)}, B divisible by the
+    number of replicas; make, compile and fit the model inside `strategy.scope()`.
+
+    Raises:
+        InputError: unknown names, a decay or clip out of range; from `fit`: batches of another dtype or size.
+            A value outside [-1, 1] stops `fit` with tf.errors.InvalidArgumentError.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        diffusion: GaussianDiffusion,
+        *,
+        seed: int = 0,
+        loss: str = "simple",
+        loss_weight: str = "none",
+        loss_settings: Mapping[str, Any] | None = None,
+        ema_decay: float = 0.9999,
+        grad_clip: float = 1.0,
+        grad_clip_mode: str = "global",
+        max_skipped_steps: int = 20,
+        micro_batches: int = 1,
+    ) -> None:
+        super().__init__(name="diffusion_model")
+        self.objective = Objective(
+            network, diffusion, seed=seed, loss=loss, loss_weight=loss_weight, loss_settings=loss_settings
+        )
+        if grad_clip_mode not in GRAD_CLIP_MODES:
+            raise unknown_name("grad_clip_mode", grad_clip_mode, GRAD_CLIP_MODES)
+        if not (
+            0 <= ema_decay < 1 and 0 <= grad_clip < tf.float32.max and max_skipped_steps >= 1 and micro_batches >= 1
+        ):
+            raise InputError(
+                "ema_decay must be within [0, 1), grad_clip at least 0, max_skipped_steps and micro_batches at least 1, "
+                f"found {ema_decay}, {grad_clip}, {max_skipped_steps} and {micro_batches}."
+            )
+        self.network, self.ema_network, self.diffusion = network, make_ema_network(network), diffusion
+        self.ema_decay, self.grad_clip, self.grad_clip_mode = ema_decay, grad_clip, grad_clip_mode
+        self.max_skipped_steps, self.micro_batches = max_skipped_steps, micro_batches
+        self.loss_scale, self.skipped = LossScale(network.compute_dtype == "float16"), SkippedCounts()
+        self.stop_wish, self.stop_votes = counter(0), counter(0)
+        self.not_finite_at = counter([-1] * tf.distribute.get_strategy().num_replicas_in_sync)
+        self.built = True
+
+    def compile(
+        self, optimizer: keras.optimizers.Optimizer, *, jit_compile: bool = False, steps_per_execution: int = 1
+    ) -> None:
+        """Set the optimizer and make its slots.
+
+        Args:
+            optimizer: it belongs to this model from here on: its variables are made for this network, and its private method
+                `_all_reduce_sum_gradients` is replaced, since the model sums gradients over replicas itself.
+            jit_compile: compile the loss and its gradient by XLA.
+        """
+        super().compile(optimizer=optimizer, steps_per_execution=steps_per_execution, jit_compile=False)
+        optimizer.build(self.network.trainable_variables)
+        optimizer._all_reduce_sum_gradients = lambda gradients_and_variables: gradients_and_variables
+        self._compiled = tf.function(self.loss_and_gradient, jit_compile=jit_compile, autograph=False)
+
+    def call(self, inputs: dict[str, tf.Tensor], training: bool = False) -> tf.Tensor:
+        return self.network(inputs, training=training)
+
+    def state(self) -> dict[str, tf.Variable]:
+        """{name: variable} of all that a run needs to be resumed.
+
+        Names: network/PATH, ema/PATH, optimizer/SLOT/PATH (momentum and velocity are Adam's m and v), step, skipped/NAME,
+        loss_scale/NAME.
+        """
+        networks = {"network": self.network, "ema": self.ema_network}
+        weights = {f"{prefix}/{v.path}": v for prefix, network in networks.items() for v in network.variables}
+        slots = slots_by_name(self.optimizer, self.network)
+        step = {"step": self.optimizer.iterations}
+        return weights | slots | self.skipped.state() | self.loss_scale.state() | step
+
+    def train_step(self, batch: Any) -> dict[str, tf.Tensor]:
+        """One step on a global batch; called outside the replicas.
+
+        A step whose loss or gradient is not finite changes no weight, moment or average, and is counted. The step number
+        advances all the same, since data, draws and learning rate depend on it. The decision rests on all-reduced values,
+        so it is the same on every replica.
+        """
+        strategy, step = self.distribute_strategy, tf.identity(self.optimizer.iterations.value)
+        logs = {
+            "learning_rate": tf.identity(self.optimizer.learning_rate),
+            "weight_norm": diagnostics.weight_rms(self.network.trainable_variables),
+            "ema_age": diagnostics.ema_age(tf.cast(step, tf.int64) - self.skipped.total, self.ema_decay),
+            "loss_scale": self.loss_scale.factor(),
+        }
+        reduced, gradients = strategy.run(self._gradient_step, (batch,))
+        loss, norm, clipped, sums, flags = (strategy.experimental_local_results(v)[0] for v in reduced)
+        logs |= {"loss": loss, "grad_norm": norm, "grad_norm_clipped": clipped, **self.objective.logs(sums)}
+        flags = StepFlags.unpack(flags)
+        self.stop_votes.assign(tf.cast(flags.stop, tf.int64))
+        self.not_finite_at.assign(tf.where(flags.not_finite > 0, tf.cast(step, tf.int64), self.not_finite_at))
+        is_finite = tf.math.is_finite(loss) & tf.math.is_finite(norm)
+        # Once the limit is reached nothing changes any more, however many steps one call makes.
+        is_over = self.skipped.in_a_row >= self.max_skipped_steps
+
+        def update() -> tf.Tensor:
+            strategy.run(self._update, (gradients,))
+            return tf.constant(0)
+
+        def skip() -> tf.Tensor:
+            self.optimizer.iterations.assign_add(1)
+            return tf.constant(0)
+
+        tf.cond(is_finite & ~is_over, update, skip)
+        is_curable = ~self.loss_scale.is_lowest() & tf.math.is_finite(loss)  # by a smaller loss scale
+        tf.cond(
+            is_over,
+            lambda: tf.identity(self.skipped.total),
+            lambda: self.skipped.update(~is_finite, is_curable, step),
+        )
+        logs["skipped"] = tf.cast(self.skipped.total, tf.float32)
+        self.loss_scale.update(is_finite)
+        return {name: logs[name] for name in LOGS}
+
+    def _gradient_step(self, batch: Any) -> tuple[tuple[tf.Tensor, ...], list[tf.Tensor]]:
+        """((loss, norm before and after clipping, sums, packed StepFlags), gradients) of the global batch, the same on every
+        replica."""
+        context = tf.distribute.get_replica_context()
+        replicas = context.num_replicas_in_sync
+        images, labels = self.objective.check(batch)
+        size = tf.shape(images)[0]
+        index = context.replica_id_in_sync_group * size + tf.range(size)
+
+        # Gradient of the mean over the global batch
+        loss, sums, gradients = self._accumulated(images, labels, index, self.loss_scale.factor() / replicas)
+        gradients = self.loss_scale.unscaled(gradients)
+        flags, own_norm = self._flags(context, loss, gradients).pack(), tf.constant(0.0)
+        if self.grad_clip_mode == "per_replica":
+            own_norm = tf.linalg.global_norm(gradients)
+            gradients = self._clipped(gradients, self.grad_clip / replicas, own_norm)
+        of_this_replica = [loss / replicas, sums, flags, own_norm, *gradients]
+        loss, sums, flags, norm, *gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, of_this_replica)
+        if self.grad_clip_mode == "per_replica":  # the mean over replicas of the norm of each one's own loss
+            return (loss, norm, tf.linalg.global_norm(gradients), sums, flags), gradients
+        norm = tf.linalg.global_norm(gradients)
+        if replicas > 1:  # its last bits depend on a machine's number of threads
+            norm = context.all_reduce(tf.distribute.ReduceOp.MEAN, norm)
+        gradients = self._clipped(gradients, self.grad_clip, norm)
+        clipped = tf.minimum(norm, self.grad_clip) if self.grad_clip else norm
+        return (loss, norm, clipped, sums, flags), gradients
+
+    def _accumulated(
+        self, images: tf.Tensor, labels: tf.Tensor | None, index: tf.Tensor, scale: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
+        """`loss_and_gradient` of this replica's examples, in `micro_batches` parts."""
+        parts, step = self.micro_batches, self.optimizer.iterations.value
+        if parts == 1:
+            return self._compiled(images, labels, index, step, scale)
+        split = [tf.reshape(v, [parts, -1, *v.shape[1:]]) for v in (images, index)]
+        labels = None if labels is None else tf.reshape(labels, [parts, -1])
+
+        def body(k: tf.Tensor, loss: tf.Tensor, sums: tf.Tensor, *gradients: tf.Tensor) -> tuple:
+            part = (split[0][k], None if labels is None else labels[k], split[1][k])
+            more_loss, more_sums, more = self._compiled(*part, step, scale / parts)
+            summed = (g + m for g, m in zip(gradients, more, strict=True))
+            return k + 1, loss + more_loss / parts, sums + more_sums, *summed
+
+        zeros = [tf.zeros(v.shape) for v in self.network.trainable_variables]
+        begin = (0, tf.constant(0.0), tf.zeros([3, diagnostics.QUARTERS]), *zeros)
+        _, loss, sums, *gradients = tf.while_loop(lambda k, *_: k < parts, body, begin, parallel_iterations=1)
+        return loss, sums, gradients
+
+    def loss_and_gradient(
+        self, images: tf.Tensor, labels: tf.Tensor | None, index: tf.Tensor, step: tf.Tensor, scale: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
+        """(the mean loss of these images, the objective's sums, the gradient of `scale` times the loss).
+
+        index: int32 [B], the images' positions in the global batch.
+        """
+        draws = self.objective.draws(index, step)
+        with tf.GradientTape() as tape:
+            computed = self.objective(images, labels, draws)
+            loss = tf.reduce_mean(computed.losses)
+            scaled = loss * scale
+        gradients = tape.gradient(scaled, [v.value for v in self.network.trainable_variables])
+        # The gradient of an embedding comes as IndexedSlices.
+        return loss, self.objective.sums(images, computed), [tf.convert_to_tensor(g) for g in gradients]
+
+    def _flags(self, context: tf.distribute.ReplicaContext, loss: tf.Tensor, gradients: list[tf.Tensor]) -> StepFlags:
+        """This replica's flags. One replica alone needs no flag that its own numbers are not finite."""
+        replicas = context.num_replicas_in_sync
+        stop = tf.cast(self.stop_wish.value(), tf.float32)
+        if replicas == 1:
+            return StepFlags(tf.zeros([1]), stop)
+        is_bad = ~tf.math.is_finite(loss + tf.linalg.global_norm(gradients))
+        return StepFlags(tf.one_hot(context.replica_id_in_sync_group, replicas) * tf.cast(is_bad, tf.float32), stop)
+
+    def _update(self, gradients: list[tf.Tensor]) -> None:
+        """Weights, moments and average from the global batch's gradients."""
+        self.optimizer.apply(gradients, self.network.trainable_variables)
+        update_ema(self.ema_network.variables, self.network.variables, self.ema_decay)
+
+    def _clipped(self, gradients: list[tf.Tensor], limit: float, norm: tf.Tensor) -> list[tf.Tensor]:
+        return tf.clip_by_global_norm(gradients, limit, use_norm=norm)[0] if limit else gradients
+
+    # Keras' own train function fails under several workers and with steps_per_execution under several replicas
+    # (keras#20585, keras#19246); the two methods below replace the two that are at fault.
+
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        """Nothing to do: network and optimizer are built when they are made."""
+
+    def make_train_function(self, force: bool = False) -> None:
+        """The compiled loop over `steps_per_execution` steps; logs are those of the last step."""
+        if getattr(self, "train_function", None) is not None and not force:
+            return
+        steps = self.steps_per_execution
+
+        def one_step(iterator: Any) -> dict[str, tf.Tensor]:
+            return self.train_step(next(iterator))
+
+        def many_steps(iterator: Any) -> dict[str, tf.Tensor]:
+            zeros = {name: tf.zeros(()) for name in LOGS}
+            _, logs = tf.while_loop(
+                lambda i, _: i < steps,
+                lambda i, _: (i + 1, one_step(iterator)),
+                (0, zeros),
+                parallel_iterations=1,
+            )
+            return logs
+
+        # Without autograph the step is traced once, which is most of the time that a small run takes to start.
+        self.train_function = tf.function(one_step if steps == 1 else many_steps, autograph=False)

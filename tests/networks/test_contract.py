@@ -1,0 +1,96 @@
+"""Every network of the table keeps the promises of `networks/contract.py`."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from ddpm_tf.errors import InputError
+from ddpm_tf.networks import NETWORKS
+
+SHAPE, BATCH = (8, 8, 3), 3
+# The smallest that each network can be, with a dropout that shows.
+SMALL = {"unet": {"ch": 32, "ch_mult": (1,), "num_res_blocks": 1, "attn_resolutions": (8,), "dropout": 0.5}}
+BAD = {"unet": {"ch": 48}}
+
+
+@pytest.fixture(scope="module", params=sorted(NETWORKS))
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=[None, 5])
+def network(request, name):
+    network = NETWORKS[name].build(SHAPE, num_classes=request.param, out_channels=6, seed=1, **SMALL[name])
+    rng = np.random.Generator(np.random.PCG64(0))
+    network.initial_output = call(network)
+    network.set_weights([0.1 * rng.standard_normal(w.shape) for w in network.get_weights()])
+    return network
+
+
+def inputs(network, **changed):
+    rng = np.random.Generator(np.random.PCG64(1))
+    values = {"x_t": rng.standard_normal((BATCH, *SHAPE)).astype(np.float32), "t": np.array([0, 1, 999], np.int32)}
+    if network.num_classes is not None:
+        values["labels"] = np.array([0, 1, network.num_classes], np.int32)
+    if getattr(network, "self_condition", False):
+        values["x_0"] = np.zeros((BATCH, *SHAPE), np.float32)
+    return {k: tf.constant(v) for k, v in (values | changed).items()}
+
+
+def call(network, training=False, dropout_seed=None, **changed):
+    return network(inputs(network, **changed), training=training, dropout_seed=dropout_seed).numpy()
+
+
+def test_it_says_what_it_is(network):
+    assert network.image_shape == SHAPE and network.out_channels == 6 and network.num_classes in (None, 5)
+    assert all(v.dtype == "float32" for v in network.variables)
+
+
+def test_its_first_output_is_nearly_zero_and_float32(network):
+    assert network.initial_output.dtype == np.float32
+    assert network.initial_output.shape == (BATCH, 8, 8, 6) and np.abs(network.initial_output).max() < 1e-3
+
+
+def test_its_output_depends_on_image_and_label_of_the_same_example_alone(network):
+    output = call(network)
+    assert output.std() > 1e-3
+    x_t = inputs(network)["x_t"].numpy()
+    x_t[0] += 1
+    changed = np.abs(call(network, x_t=x_t) - output).max(axis=(1, 2, 3))
+    assert changed[0] > 1e-3 and changed[1:].max() < 1e-5
+    if network.num_classes is not None:
+        assert network.num_classes == 5
+        assert call(network, labels=np.array([5, 5, 5], np.int32)).shape == output.shape  # the null class
+
+
+def test_its_config_is_a_round_trip(network):
+    twin = type(network).from_config(network.get_config())
+    twin.set_weights(network.get_weights())
+    assert [v.path for v in twin.variables] == [v.path for v in network.variables]
+    np.testing.assert_array_equal(call(twin), call(network))
+    assert keras.saving.get_registered_object(keras.saving.get_registered_name(type(network))) is type(network)
+
+
+def test_dropout_is_a_function_of_the_examples_seed(network):
+    seeds = np.array([[1, 2], [3, 4], [5, 6]], np.int32)
+    first, again = (call(network, training=True, dropout_seed=tf.constant(seeds)) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    other = call(network, training=True, dropout_seed=tf.constant(seeds + np.array([[1, 0], [0, 0], [0, 0]], np.int32)))
+    changed = np.abs(other - first).max(axis=(1, 2, 3))
+    assert changed[0] > 1e-3 and changed[1:].max() < 1e-5
+    with pytest.raises(InputError, match="dropout_seed"):
+        call(network, training=True)
+
+
+def test_the_same_seed_makes_the_same_weights(name):
+    one, same, other = (NETWORKS[name].build(SHAPE, seed=s, **SMALL[name]).get_weights() for s in (3, 3, 4))
+    assert all(np.array_equal(a, b) for a, b in zip(one, same, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_its_check_takes_every_setting_and_names_the_bad_one(name):
+    settings = NETWORKS[name].defaults() | SMALL[name]
+    NETWORKS[name].build.check(SHAPE, **settings)
+    with pytest.raises(InputError, match=next(iter(BAD[name]))):
+        NETWORKS[name].build.check(SHAPE, **settings | BAD[name])

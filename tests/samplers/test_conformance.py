@@ -1,0 +1,120 @@
+"""Every sampler of the table keeps the promises of `samplers/base.py`, with a conditional model that costs nothing."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from ddpm_tf.diffusion.process import GaussianDiffusion
+from ddpm_tf.diffusion.schedules import TIMESTEP_SPACINGS, Schedule, make_betas
+from ddpm_tf.samplers import SAMPLERS, make_sampler, sample
+from ddpm_tf.samplers.denoiser import make_denoiser
+from ddpm_tf.samplers.drawing import advance, first_carry
+from ddpm_tf.samplers.loop import begin, initial_noise, make_move, run_loop
+from tests.conftest import run_chain
+
+T = 60
+DIFFUSION = GaussianDiffusion(Schedule(make_betas("linear_scaled", T)))
+SHAPE = (4, 4, 2)
+# Every sampler at its defaults, and with each of its settings at another value.
+VARIANTS = [(name, {}) for name in SAMPLERS] + [("ddim", {"eta": 0.7})]
+
+
+class Conditional:
+    """eps = 0.8 x_t + 0.1 label."""
+
+    image_shape, out_channels, num_classes = SHAPE, 2, 3
+
+    def __call__(self, inputs, training=False):
+        return 0.8 * inputs["x_t"] + 0.1 * tf.cast(inputs["labels"], tf.float32)[:, None, None, None]
+
+
+class SelfConditioned:
+    """eps = 0.5 x_t + 0.3 x_0; remembers the x_0 it was given."""
+
+    image_shape, out_channels, num_classes, self_condition = SHAPE, 2, None, True
+
+    def __call__(self, inputs, training=False):
+        return 0.5 * inputs["x_t"] + 0.3 * inputs["x_0"]
+
+
+def test_every_setting_of_every_sampler_is_varied_here():
+    assert {(name, s) for name, c in SAMPLERS.items() for s in c.settings} == {(n, s) for n, v in VARIANTS for s in v}
+
+
+@pytest.fixture(params=VARIANTS, ids=str)
+def variant(request):
+    name, settings = request.param
+    return lambda **kwargs: make_sampler(name, DIFFUSION, **settings, **kwargs)
+
+
+@pytest.mark.parametrize("spacing", sorted(TIMESTEP_SPACINGS))
+def test_its_plan_leads_from_x_T_to_the_clean_image(variant, spacing):
+    for num_steps in (1, 2, 7, T):
+        sampler = variant(num_steps=num_steps, spacing=spacing)
+        plan = sampler.plan
+        assert plan.start[0] == sampler.num_steps and plan.end[-1] == 0
+        np.testing.assert_array_equal(plan.end[:-1], plan.start[1:])  # every move begins where the last one ended
+        x = run_chain(sampler, lambda x, i: 0.8 * x, initial_noise([0], SHAPE), [0]).x
+        assert np.isfinite(x).all()
+
+
+def test_a_step_keeps_shape_dtype_and_structure(variant):
+    sampler = variant(num_steps=5)
+    x_T = initial_noise([1, 2, 3], SHAPE)
+    carry = begin(sampler, x_T)
+    denoise = make_denoiser(Conditional(), sampler.diffusion, labels=tf.constant([0, 1, 2]))
+    for position in (4, 0):
+        moved = make_move(sampler, denoise, carry, tf.fill([3], position), tf.ones_like(x_T))
+        tf.nest.assert_same_structure(moved, carry)
+        for before, after in zip(tf.nest.flatten(carry), tf.nest.flatten(moved), strict=True):
+            assert before.shape == after.shape and before.dtype == after.dtype
+
+
+def test_it_needs_noise_exactly_where_noise_changes_its_images(variant):
+    sampler = variant(num_steps=5)
+    x_T = initial_noise([1, 2], SHAPE)
+    zero, one = (
+        run_chain(sampler, lambda x, i: 0.8 * x, x_T, [1, 2], noise_fn=lambda *_, v=v: tf.fill(x_T.shape, v)).x
+        for v in (0.0, 1.0)
+    )
+    assert sampler.needs_noise == (not np.allclose(zero, one))
+
+
+def test_an_image_is_its_seeds_and_labels_in_any_batch_and_any_mode(variant):
+    sampler, network = variant(num_steps=6), Conditional()
+    seeds, labels, guidance = np.arange(10, 17), np.arange(7) % 4, np.linspace(0, 3, 7)
+    batch = sample(network, sampler, seeds, labels=labels, guidance=guidance).images
+    assert batch.dtype == np.float32 and batch.shape == (7, *SHAPE) and len({image.tobytes() for image in batch}) == 7
+    alone = sample(network, sampler, seeds[3:4], labels=labels[3:4], guidance=guidance[3:4]).images
+    np.testing.assert_allclose(alone[0], batch[3], atol=1e-5)
+
+    def draw(seeds, labels, guidance):
+        conditions = {"labels": labels, "guidance": guidance}
+        return advance(network, sampler, first_carry(network, sampler, seeds), seeds, conditions).x
+
+    args = tf.constant(seeds), tf.constant(labels, tf.int32), tf.constant(guidance, tf.float32)
+    for run in (draw, tf.function(draw), tf.function(draw, jit_compile=True)):
+        np.testing.assert_allclose(run(*args), batch, atol=1e-5)
+
+
+def test_pieces_are_the_whole_and_hand_x_0_on(variant):
+    """Also for a network with self-conditioning, which is asked with the x_0 of the step before."""
+    sampler, network, seeds = variant(num_steps=6), SelfConditioned(), tf.constant([5, 6], tf.int64)
+    whole = sample(network, sampler, seeds)
+    traced = sample(network, sampler, seeds, trace=1)
+    np.testing.assert_allclose(traced.images, whole.images, atol=1e-6)
+    # By hand: the carry's x_0 is 0 at first, then the last prediction.
+    denoise, x_0s = make_denoiser(network, sampler.diffusion), []
+
+    def watched(x, i, x_0=None):
+        x_0s.append(x_0.numpy())
+        return denoise(x, i, x_0)
+
+    carry = first_carry(network, sampler, seeds)
+    for position in reversed(range(6)):
+        carry = run_loop(sampler, watched, carry, seeds, start=position + 1, stop=position)
+    np.testing.assert_allclose(carry.x, whole.images, atol=1e-5)
+    np.testing.assert_array_equal(x_0s[0], 0)
+    np.testing.assert_allclose(np.stack(x_0s[1:]), traced.trace.x_0[:0:-1], atol=1e-5)
+    blind = sample(SelfConditioned(), sampler, seeds, trace=5)  # in two pieces
+    np.testing.assert_allclose(blind.images, whole.images, atol=1e-6)
