@@ -1,18 +1,22 @@
 """What the network predicts: the training target, and the way from the output to x_0."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import tensorflow as tf
 
 from ddpm_tf.diffusion.gaussian import extract
 from ddpm_tf.diffusion.schedules import Schedule
 
-if TYPE_CHECKING:
-    from ddpm_tf.diffusion.process import GaussianDiffusion
+
+class ForwardProcess(Protocol):
+    """What a target is made from; `GaussianDiffusion` is one."""
+
+    @property
+    def schedule(self) -> Schedule: ...
+
+    def q_posterior(self, x_0: tf.Tensor, x_t: tf.Tensor, t: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]: ...
 
 
 def x_0_from_eps(schedule: Schedule, x_t: tf.Tensor, t: tf.Tensor, eps: tf.Tensor) -> tf.Tensor:
@@ -32,15 +36,11 @@ def eps_from_x_0(schedule: Schedule, x_t: tf.Tensor, t: tf.Tensor, x_0: tf.Tenso
     )
 
 
-def _target_eps(
-    diffusion: GaussianDiffusion, x_0: tf.Tensor, x_t: tf.Tensor, t: tf.Tensor, eps: tf.Tensor
-) -> tf.Tensor:
+def _target_eps(diffusion: ForwardProcess, x_0: tf.Tensor, x_t: tf.Tensor, t: tf.Tensor, eps: tf.Tensor) -> tf.Tensor:
     return eps
 
 
-def _target_x_0(
-    diffusion: GaussianDiffusion, x_0: tf.Tensor, x_t: tf.Tensor, t: tf.Tensor, eps: tf.Tensor
-) -> tf.Tensor:
+def _target_x_0(diffusion: ForwardProcess, x_0: tf.Tensor, x_t: tf.Tensor, t: tf.Tensor, eps: tf.Tensor) -> tf.Tensor:
     return x_0
 
 
@@ -48,7 +48,7 @@ def _x_0_from_x_0(schedule: Schedule, x_t: tf.Tensor, t: tf.Tensor, output: tf.T
     return output
 
 
-def _target_v(diffusion: GaussianDiffusion, x_0: tf.Tensor, x_t: tf.Tensor, t: tf.Tensor, eps: tf.Tensor) -> tf.Tensor:
+def _target_v(diffusion: ForwardProcess, x_0: tf.Tensor, x_t: tf.Tensor, t: tf.Tensor, eps: tf.Tensor) -> tf.Tensor:
     n = len(x_0.shape)
     return (
         extract(diffusion.schedule.sqrt_alphas_cumprod, t, n) * eps
@@ -62,7 +62,7 @@ def _x_0_from_v(schedule: Schedule, x_t: tf.Tensor, t: tf.Tensor, v: tf.Tensor) 
 
 
 def _target_x_prev(
-    diffusion: GaussianDiffusion, x_0: tf.Tensor, x_t: tf.Tensor, t: tf.Tensor, eps: tf.Tensor
+    diffusion: ForwardProcess, x_0: tf.Tensor, x_t: tf.Tensor, t: tf.Tensor, eps: tf.Tensor
 ) -> tf.Tensor:
     return diffusion.q_posterior(x_0, x_t, t)[0]
 
