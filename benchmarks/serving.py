@@ -32,8 +32,9 @@ def make_ways(workdir, version):
     x_spec = tf.TensorSpec([None, *network.image_shape], tf.float32)
     call = tf.function(
         lambda x_t, t: network({"x_t": x_t, "t": t}, training=False),
-        input_signature=[x_spec, tf.TensorSpec([None], tf.int32)], autograph=False,
-    )  # fmt: skip
+        input_signature=[x_spec, tf.TensorSpec([None], tf.int32)],
+        autograph=False,
+    )
     times = tf.constant(timesteps, tf.int32)
 
     @tf.function(input_signature=[x_spec], autograph=False)

@@ -78,9 +78,14 @@ def without_foreign_settings(config: ConfigDict, origin: str) -> ConfigDict:
     foreign = foreign_settings(config)
     for field, path in foreign:
         logging.info(
-            "%s has %s=%s, which %s=%s does not use: read as %s.", origin, field.path, config_lib.get(config, field.path),
-            path, config_lib.get(config, path), field.default,
-        )  # fmt: skip
+            "%s has %s=%s, which %s=%s does not use: read as %s.",
+            origin,
+            field.path,
+            config_lib.get(config, field.path),
+            path,
+            config_lib.get(config, path),
+            field.default,
+        )
     for field, _ in foreign:
         config_lib.put(config, field.path, field.default)
     return config
@@ -94,18 +99,27 @@ def image_shape(config: ConfigDict) -> tuple[int, int, int]:
 def build_source(config: ConfigDict, *, download: bool = False, read_only: bool = False) -> Any:
     data = config.data
     return load_source(
-        data.source, image_shape=image_shape(config), split=data.split, data_dir=data.data_dir, download=download,
-        in_memory_mb=data.in_memory_mb, read_only=read_only,
-    )  # fmt: skip
+        data.source,
+        image_shape=image_shape(config),
+        split=data.split,
+        data_dir=data.data_dir,
+        download=download,
+        in_memory_mb=data.in_memory_mb,
+        read_only=read_only,
+    )
 
 
 def build_dataset(
     config: ConfigDict, source: Any, *, start_step: int, replicas: tuple[int, int, int] = (0, 1, 1)
 ) -> tf.data.Dataset:
     return make_dataset(
-        source, batch_size=config.data.batch_size, seed=config.seed, start_step=start_step,
-        random_flip=config.data.random_flip, replicas=replicas,
-    )  # fmt: skip
+        source,
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        start_step=start_step,
+        random_flip=config.data.random_flip,
+        replicas=replicas,
+    )
 
 
 def build_diffusion(config: ConfigDict) -> GaussianDiffusion:
@@ -120,9 +134,12 @@ def build_network(config: ConfigDict, diffusion: GaussianDiffusion, *, precision
     if config.network.name not in NETWORKS:
         raise unknown_name("network.name", config.network.name, NETWORKS)
     return NETWORKS[config.network.name].build(
-        shape, out_channels=shape[-1] * (2 if diffusion.has_learned_variance else 1), **settings, seed=config.seed,
+        shape,
+        out_channels=shape[-1] * (2 if diffusion.has_learned_variance else 1),
+        **settings,
+        seed=config.seed,
         dtype="float32" if precision == "float32" else f"mixed_{precision}",
-    )  # fmt: skip
+    )
 
 
 def build_optimizer(config: ConfigDict) -> Any:
@@ -153,11 +170,18 @@ def build_model(
     t, diffusion = config.train, build_diffusion(config)
     with strategy.scope():
         model = DiffusionModel(
-            build_network(config, diffusion, precision=t.precision), diffusion, seed=config.seed,
-            loss=t.loss, loss_weight=t.loss_weight, loss_settings=settings_of(config, "train.loss_weight"),
-            ema_decay=t.ema_decay, grad_clip=t.grad_clip, grad_clip_mode=t.grad_clip_mode,
-            max_skipped_steps=max_skipped_steps or t.max_skipped_steps, micro_batches=t.micro_batches,
-        )  # fmt: skip
+            build_network(config, diffusion, precision=t.precision),
+            diffusion,
+            seed=config.seed,
+            loss=t.loss,
+            loss_weight=t.loss_weight,
+            loss_settings=settings_of(config, "train.loss_weight"),
+            ema_decay=t.ema_decay,
+            grad_clip=t.grad_clip,
+            grad_clip_mode=t.grad_clip_mode,
+            max_skipped_steps=max_skipped_steps or t.max_skipped_steps,
+            micro_batches=t.micro_batches,
+        )
         if is_compiled:
             optimizer = build_optimizer(config)
             model.compile(optimizer, jit_compile=uses_xla(config), steps_per_execution=t.steps_per_execution)

@@ -58,9 +58,14 @@ class Reference:
     def network(self, out_channels=None, **kwargs):
         a = self.args
         network = UNet(
-            (a["S"], a["S"], a["C"]), ch=a["ch"], ch_mult=a["ch_mult"], num_res_blocks=a["nrb"],
-            attn_resolutions=a["attn"], out_channels=out_channels, **kwargs,
-        )  # fmt: skip
+            (a["S"], a["S"], a["C"]),
+            ch=a["ch"],
+            ch_mult=a["ch_mult"],
+            num_res_blocks=a["nrb"],
+            attn_resolutions=a["attn"],
+            out_channels=out_channels,
+            **kwargs,
+        )
         for v in network.variables:
             v.assign(drawn_weight(tf1_name(v.path), v.shape, a["seed"]))
         return network

@@ -168,10 +168,17 @@ def test_every_config_validates_and_describes_itself():
 def test_cifar10_is_the_papers():
     config = cifar10.get_config()
     assert config.network.to_dict() == {
-        "name": "unet", "ch": 128, "ch_mult": (1, 2, 2, 2), "num_res_blocks": 2, "attn_resolutions": (16,),
-        "dropout": 0.1, "resamp_with_conv": True, "block_size": 1, "remat": False,
+        "name": "unet",
+        "ch": 128,
+        "ch_mult": (1, 2, 2, 2),
+        "num_res_blocks": 2,
+        "attn_resolutions": (16,),
+        "dropout": 0.1,
+        "resamp_with_conv": True,
+        "block_size": 1,
+        "remat": False,
         "theta": 10000.0,
-    }  # fmt: skip
+    }
     assert (config.diffusion.variance, config.train.ema_decay, config.train.num_steps) == (
         "fixed_large",
         0.9999,
@@ -248,9 +255,12 @@ def test_sampling_mistakes_leave_with_2(workdir, tmp_path):
 @pytest.mark.slow
 def test_dry_run_prints_the_papers_parameter_count_and_writes_nothing(tmp_path):
     result = command(
-        "run_train.py", "--config=configs/cifar10.py", "--dry_run", f"--workdir={tmp_path / 'w'}",
+        "run_train.py",
+        "--config=configs/cifar10.py",
+        "--dry_run",
+        f"--workdir={tmp_path / 'w'}",
         f"--config.data.data_dir={tmp_path / 'd'}",
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr
     assert "35,746,307" in result.stdout and "steps per epoch: unknown, data set not prepared" in result.stdout
     assert not list(tmp_path.iterdir())

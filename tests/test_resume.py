@@ -115,9 +115,15 @@ def restore(workdir, start=StartOptions(), *, fingerprint={}):  # noqa: B006, B0
     config, strategy = tiny_config(), tf.distribute.get_strategy()
     model = builders.build_model(config, strategy)
     run = Run(
-        config=config, workdir=str(workdir), options=start, strategy=strategy, cluster=Cluster(), source=None, data={},
+        config=config,
+        workdir=str(workdir),
+        options=start,
+        strategy=strategy,
+        cluster=Cluster(),
+        source=None,
+        data={},
         fingerprint=fingerprint,
-    )  # fmt: skip
+    )
     step = resume.restore(run, model)
     return step, {name: v.numpy() for name, v in model.state().items()}
 

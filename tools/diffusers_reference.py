@@ -37,9 +37,15 @@ def make(shape):
     """A randomly initialised network of the google/ddpm-* kind, with every weight away from its initial value."""
     torch.manual_seed(0)
     model = UNet2DModel(
-        **shape, in_channels=3, out_channels=3, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
-        norm_eps=1e-6, attention_head_dim=None,
-    ).eval()  # fmt: skip
+        **shape,
+        in_channels=3,
+        out_channels=3,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_eps=1e-6,
+        attention_head_dim=None,
+    ).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))

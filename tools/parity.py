@@ -147,10 +147,15 @@ def loops(r, table):
         sampler = make_sampler("ddpm", r.diffusion(variance=variance))
         chain = tf.function(
             lambda x, start, stop, sampler=sampler: run_chain(
-                sampler, lambda x_t, i: unet({"x_t": x_t, "t": i}), x, tf.zeros([x.shape[0]], tf.int64), start=start,
-                stop=stop, noise_fn=lambda s, i, shape: noise[T - i],
+                sampler,
+                lambda x_t, i: unet({"x_t": x_t, "t": i}),
+                x,
+                tf.zeros([x.shape[0]], tf.int64),
+                start=start,
+                stop=stop,
+                noise_fn=lambda s, i, shape: noise[T - i],
             )[:2]
-        )  # fmt: skip
+        )
         name = f"sample_{variance.replace('_', '')}"
         recorded = sorted((int(k.rpartition("_t")[2]) for k in r.arrays if k.startswith(f"{name}_t")), reverse=True)
         x, top = noise[0], T

@@ -20,9 +20,13 @@ class Progress(StepCallback):
     def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
         self.is_terminal = sys.stderr.isatty()
         self.bar = tqdm(
-            total=self.num_steps * self.batch_size, initial=self.start_step * self.batch_size, unit=" images",
-            unit_scale=True, disable=not self.is_terminal, desc="training",
-        )  # fmt: skip
+            total=self.num_steps * self.batch_size,
+            initial=self.start_step * self.batch_size,
+            unit=" images",
+            unit_scale=True,
+            disable=not self.is_terminal,
+            desc="training",
+        )
         self.last_step, self.last_time = self.start_step, time.monotonic()
 
     def on_step(self, step: int, logs: Mapping[str, float]) -> None:
@@ -34,8 +38,13 @@ class Progress(StepCallback):
             minutes, seconds = divmod(round((self.num_steps - step) / rate), 60)
             logging.info(
                 "step %d/%d  loss %.4f  %.0f images/s  %d:%02d left",
-                step, self.num_steps, logs["loss"], rate * self.batch_size, minutes, seconds,
-            )  # fmt: skip
+                step,
+                self.num_steps,
+                logs["loss"],
+                rate * self.batch_size,
+                minutes,
+                seconds,
+            )
             self.last_step, self.last_time = step, now
 
     def on_train_end(self, logs: Mapping[str, float] | None = None) -> None:

@@ -57,9 +57,14 @@ class Checkpoints(StepCallback):
         tensors = {name: np.array(v) for name, v in self.model.state().items()}
         self._saved_step, self._last_time = step, time.monotonic()
         self._pending = self._writer.submit(
-            checkpoints.save, self.folder, step, tensors, {**self.meta, "time": time.time()},
-            keep=self.keep, keep_every=self.keep_every,
-        )  # fmt: skip
+            checkpoints.save,
+            self.folder,
+            step,
+            tensors,
+            {**self.meta, "time": time.time()},
+            keep=self.keep,
+            keep_every=self.keep_every,
+        )
 
     def wait(self) -> None:
         """Wait until nothing is being written; raises the error of writing, if there was one."""

@@ -48,8 +48,12 @@ class SkippedSteps(StepCallback):
         where = f" on replica {replicas} of {is_bad.size}" if replicas else ""
         logging.warning(
             "Step %d was skipped: its loss or gradient is not finite%s (%st = %s, examples %s).",
-            skipped, where, metrics, inputs["t"].tolist(), inputs["indices"].tolist(),
-        )  # fmt: skip
+            skipped,
+            where,
+            metrics,
+            inputs["t"].tolist(),
+            inputs["indices"].tolist(),
+        )
 
     def _too_many(self, in_a_row: int, last: int, inputs: dict[str, Any]) -> NumericsError:
         path = self._dump(self.folder, last, inputs) if self.folder else "The chief's nan_dump/"

@@ -52,10 +52,15 @@ class Cluster:
         self._num_collectives += 1
         with tf.device("/CPU:0"):
             total = tf.raw_ops.CollectiveReduceV2(
-                input=values.reshape(-1), group_size=self.size, group_key=_GROUP_KEY,
-                instance_key=self._num_collectives, ordering_token=[], merge_op="Add", final_op="Id",
+                input=values.reshape(-1),
+                group_size=self.size,
+                group_key=_GROUP_KEY,
+                instance_key=self._num_collectives,
+                ordering_token=[],
+                merge_op="Add",
+                final_op="Id",
                 communication_hint="ring",
-            )  # fmt: skip
+            )
         return total.numpy().reshape(values.shape)
 
     def from_chief(self, value: int) -> int:

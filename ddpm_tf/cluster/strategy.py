@@ -96,9 +96,12 @@ def _join(workers: Workers, timeout_s: float) -> tf.distribute.Strategy:
     tf.get_logger().setLevel("WARNING")  # below it, TensorFlow logs every new collective twice
     gpus = len(tf.config.list_physical_devices("GPU"))
     resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
-        tf.train.ClusterSpec({"worker": list(addresses)}), task_type="worker", task_id=index,
-        num_accelerators={"GPU": gpus}, rpc_layer="grpc",
-    )  # fmt: skip
+        tf.train.ClusterSpec({"worker": list(addresses)}),
+        task_type="worker",
+        task_id=index,
+        num_accelerators={"GPU": gpus},
+        rpc_layer="grpc",
+    )
     options = tf.distribute.experimental.CommunicationOptions(implementation=kind.NCCL if gpus else kind.AUTO)
     previous = signal.getsignal(signal.SIGTERM)
     with alarm(timeout_s):

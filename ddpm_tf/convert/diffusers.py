@@ -27,8 +27,14 @@ _MAX_HEADER = 100 * 2**20
 # The attention keys that diffusers 0.17 renamed: {old: new}.
 _ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # {name of a layer here: its name in diffusers}, in a residual block and in an attention block.
-_BLOCK = {"norm1": "norm1", "conv1": "conv1", "temb_proj": "time_emb_proj", "norm2": "norm2", "conv2": "conv2",
-          "nin_shortcut": "conv_shortcut"}  # fmt: skip
+_BLOCK = {
+    "norm1": "norm1",
+    "conv1": "conv1",
+    "temb_proj": "time_emb_proj",
+    "norm2": "norm2",
+    "conv2": "conv2",
+    "nin_shortcut": "conv_shortcut",
+}
 _ATTN = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
 

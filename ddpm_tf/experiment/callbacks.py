@@ -42,10 +42,15 @@ def make_callbacks(run: Run, model: DiffusionModel, start_step: int) -> RunCallb
     if is_chief:
         summaries = Summaries(os.path.join(run.workdir, "tensorboard"))
         checkpoints = Checkpoints(
-            start_step, folder=run.checkpoints_folder, every=t.checkpoint_every, minutes=t.checkpoint_minutes,
-            num_steps=t.num_steps, keep=t.keep_checkpoints, keep_every=t.keep_every,
+            start_step,
+            folder=run.checkpoints_folder,
+            every=t.checkpoint_every,
+            minutes=t.checkpoint_minutes,
+            num_steps=t.num_steps,
+            keep=t.keep_checkpoints,
+            keep_every=t.keep_every,
             meta={"config": config.to_dict(), "fingerprint": run.fingerprint},
-        )  # fmt: skip
+        )
         writing = [
             Progress(start_step, num_steps=t.num_steps, batch_size=batch_size, log_every=t.log_every),
             Metrics(start_step, workdir=run.workdir, batch_size=batch_size, log_every=t.log_every, summaries=summaries),
@@ -56,9 +61,15 @@ def make_callbacks(run: Run, model: DiffusionModel, start_step: int) -> RunCallb
     )
     pictures = Grids(run, model, summaries)
     grids = SampleGrids(
-        start_step, every=t.sample_every, num_steps=t.num_steps, draw=pictures.draw, show=pictures.show,
-        is_drawn=lambda step: bool(cluster.from_chief(pictures.is_drawn(step))), stop=stop, cluster=cluster,
-    )  # fmt: skip
+        start_step,
+        every=t.sample_every,
+        num_steps=t.num_steps,
+        draw=pictures.draw,
+        show=pictures.show,
+        is_drawn=lambda step: bool(cluster.from_chief(pictures.is_drawn(step))),
+        stop=stop,
+        cluster=cluster,
+    )
     return RunCallbacks(
         [*writing, skipped, *([checkpoints] if checkpoints else []), stop, grids], checkpoints, stop, grids
     )

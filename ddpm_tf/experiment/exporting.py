@@ -67,9 +67,13 @@ def export(
     inference, sampler = load_sampler(workdir, ema=ema, settings=settings)
     bound_diffusion = _bound_diffusion(inference.diffusion, sampler.num_steps if bpd_steps is None else bpd_steps)
     fields = {
-        "name": os.path.basename(out), "version": version, "format": format, "license": license or "not stated",
-        "weights": "moving average" if ema else "weights", "evaluation": _evaluation(workdir),
-    }  # fmt: skip
+        "name": os.path.basename(out),
+        "version": version,
+        "format": format,
+        "license": license or "not stated",
+        "weights": "moving average" if ema else "weights",
+        "evaluation": _evaluation(workdir),
+    }
     models = os.path.dirname(out)
     with new_version(out, version) as folder:
         if format == SAVED_MODEL:
@@ -77,7 +81,7 @@ def export(
             fields |= _saved_model_fields(folder, out, functions, sampler, bound_diffusion, max_batch)
         else:
             functions = portable.save_portable(folder, format, inference.network, sampler)
-        model_card.write_card(folder, model_card.make_card(inference, sampler, functions, **fields))
+        model_card.write_card(folder, model_card.make_card(inference, sampler, functions, fields))
         if format == SAVED_MODEL:  # last: a failed export leaves nothing behind
             write_server_files(models, os.path.basename(out), max_batch=max_batch)
     report = f"{', '.join(functions)} in {os.path.join(out, str(version))} ({time.monotonic() - start:.0f} s)."

@@ -60,9 +60,14 @@ class Grids:
     def _images(self, network: tf.keras.Model) -> np.ndarray:
         s = self.run.config.sample
         batches = generate(
-            network, self.sampler, num_images=s.num_images, seed=s.seed, part=self.part, batch_size=s.batch_size,
+            network,
+            self.sampler,
+            num_images=s.num_images,
+            seed=s.seed,
+            part=self.part,
+            batch_size=s.batch_size,
             strategy=self.run.strategy,
-        )  # fmt: skip
+        )
         parts = [batch.images for batch in batches]
         return np.concatenate([np.zeros((0, *network.image_shape), np.uint8), *parts])
 
@@ -78,8 +83,12 @@ class Grids:
             mean, deviation = all_images.mean(), all_images.std()
             logging.info(
                 "step %d  pixels of the samples (%s): mean %.1f, deviation %.1f; of the data: %s",
-                step, name, mean, deviation, self._brightness_of_data(),
-            )  # fmt: skip
+                step,
+                name,
+                mean,
+                deviation,
+                self._brightness_of_data(),
+            )
             self.summaries.scalar(f"pixel_mean_{name}", mean, step)
             self.summaries.scalar(f"pixel_deviation_{name}", deviation, step)
             grid = images.picture(all_images)

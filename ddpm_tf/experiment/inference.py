@@ -109,6 +109,8 @@ def load_sampler(
     if ema and inference.step and initial > 0.05:
         logging.warning(
             "The moving average still holds %.0f %% of the initial weights after %d steps: train longer, or sample with the "
-            "weights themselves (--noema).", 100 * initial, inference.step,
-        )  # fmt: skip
+            "weights themselves (--noema).",
+            100 * initial,
+            inference.step,
+        )
     return inference, sampler

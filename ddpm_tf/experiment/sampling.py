@@ -10,7 +10,7 @@ from absl import logging
 from tqdm import tqdm
 
 from ddpm_tf import __version__
-from ddpm_tf.cluster.strategy import make_strategy
+from ddpm_tf.cluster.strategy import configure_devices, make_strategy
 from ddpm_tf.experiment.generating import generate, labels_in_turn
 from ddpm_tf.experiment.inference import Inference, load_sampler
 from ddpm_tf.samplers.base import Sampler
@@ -47,6 +47,7 @@ def sample_images(
         InputError: settings that cannot be used, a workdir that cannot be read, a folder of something else.
         WorkdirError: a folder that cannot be written to, or that another process writes to.
     """
+    configure_devices()  # before the strategy is made, which takes the devices as they are
     num_gpus = len(tf.config.list_physical_devices("GPU"))
     strategy, _ = make_strategy("mirrored" if num_gpus > 1 else "default")
     inference, sampler = load_sampler(workdir, ema=ema, settings=settings, strategy=strategy)
@@ -55,13 +56,19 @@ def sample_images(
     out = out or _new_folder(workdir, inference, sampler, ema, record)
     logging.info("Sampling %d images with %s, %d steps.", s.num_images, s.sampler, sampler.num_steps)
     labels = labels_in_turn(network, s.num_images)
-    with open_folder(out, record, image_shape=network.image_shape, batch_size=s.batch_size, png=png) as folder:
+    with open_folder(out, record, network.image_shape) as folder:
         if folder.num_done:
             logging.info("%d of the %d images are in %s already.", folder.num_done, s.num_images, out)
         batches = generate(
-            network, sampler, num_images=s.num_images, seed=s.seed, labels=labels, batch_size=s.batch_size,
-            part=slice(folder.num_done, None), strategy=strategy,
-        )  # fmt: skip
+            network,
+            sampler,
+            num_images=s.num_images,
+            seed=s.seed,
+            labels=labels,
+            batch_size=s.batch_size,
+            part=slice(folder.num_done, None),
+            strategy=strategy,
+        )
         with tqdm(total=s.num_images, initial=folder.num_done, unit=" images", desc="sampling") as bar:
             for batch in batches:
                 folder.add(batch.seeds, batch.images)

@@ -153,9 +153,15 @@ def _train(
             data = manifest(source)
             fingerprint = _fingerprint(config, strategy, cluster, digest(data))
         run = Run(
-            config=config, workdir=workdir, options=options, strategy=strategy, cluster=cluster, source=source, data=data,
+            config=config,
+            workdir=workdir,
+            options=options,
+            strategy=strategy,
+            cluster=cluster,
+            source=source,
+            data=data,
             fingerprint=fingerprint,
-        )  # fmt: skip
+        )
         same_everywhere = {k: v for k, v in fingerprint.items() if k not in ("devices", "threads")}
         cluster.agree({**same_everywhere, "data (SHA-256)": data["sha256"]})
         with cluster.together():
@@ -252,11 +258,19 @@ def _explained(error: Exception, run: Run, model: DiffusionModel) -> Exception:
 
 def _fingerprint(config: ConfigDict, strategy: tf.distribute.Strategy, cluster: Cluster, data_digest: str) -> dict:
     return make_fingerprint(
-        strategy, workers=cluster.size, jit_compile=builders.uses_xla(config), deterministic=config.train.deterministic,
-        precision=config.train.precision, tf32=config.train.tf32, micro_batches=config.train.micro_batches,
+        strategy,
+        workers=cluster.size,
+        jit_compile=builders.uses_xla(config),
+        deterministic=config.train.deterministic,
+        precision=config.train.precision,
+        tf32=config.train.tf32,
+        micro_batches=config.train.micro_batches,
         remat=config.network.remat,
-        batch_size=config.data.batch_size, seed=config.seed, config=config_lib.digest(config), data=data_digest,
-    )  # fmt: skip
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        config=config_lib.digest(config),
+        data=data_digest,
+    )
 
 
 def _next_commands(workdir: str) -> str:

@@ -65,9 +65,14 @@ class Block(keras.layers.Layer):
 
     def conv(self, name: str, ch: int, *, stride: int = 1, scale: float = 1.0) -> keras.layers.Conv2D:
         return keras.layers.Conv2D(
-            ch, 3, strides=stride, padding="same", name=name, dtype=self.dtype_policy,
+            ch,
+            3,
+            strides=stride,
+            padding="same",
+            name=name,
+            dtype=self.dtype_policy,
             kernel_initializer=self._init(name, scale),
-        )  # fmt: skip
+        )
 
     def dense(self, name: str, ch: int, *, scale: float = 1.0) -> keras.layers.Dense:
         return keras.layers.Dense(ch, name=name, dtype=self.dtype_policy, kernel_initializer=self._init(name, scale))

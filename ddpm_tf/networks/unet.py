@@ -82,9 +82,15 @@ class UNet(keras.Model):
         self.resamp_with_conv, self.num_classes = resamp_with_conv, num_classes
         self.block_size, self.theta, self.remat, self.seed = block_size, theta, remat, seed
         self.check(
-            self.image_shape, ch=ch, ch_mult=self.ch_mult, num_res_blocks=num_res_blocks,
-            attn_resolutions=self.attn_resolutions, dropout=dropout, block_size=block_size, theta=theta,
-        )  # fmt: skip
+            self.image_shape,
+            ch=ch,
+            ch_mult=self.ch_mult,
+            num_res_blocks=num_res_blocks,
+            attn_resolutions=self.attn_resolutions,
+            dropout=dropout,
+            block_size=block_size,
+            theta=theta,
+        )
         if self.out_channels < 1:
             raise InputError(f"out_channels must be at least 1, found {self.out_channels}.")
         self._make_layers()
@@ -192,9 +198,13 @@ class UNet(keras.Model):
 
     def _conv(self, name: str, ch: int, scale: float = 1.0) -> keras.layers.Conv2D:
         return keras.layers.Conv2D(
-            ch, 3, padding="same", name=name, dtype=self.dtype_policy,
+            ch,
+            3,
+            padding="same",
+            name=name,
+            dtype=self.dtype_policy,
             kernel_initializer=initializer(self.seed, name, scale),
-        )  # fmt: skip
+        )
 
     def call(self, inputs: Inputs, training: bool = False, dropout_seed: tf.Tensor | None = None) -> tf.Tensor:
         if training and self.dropout and dropout_seed is None:

@@ -84,9 +84,14 @@ class Client:
         self._takes_newest = version is None and label is None
         self._transport = TRANSPORTS[transport](address, model, version=version, label=label)
         self._pinned: Callable[[int], Client] = lambda version: Client(
-            address, model, version=version, transport=transport, deadline_s=deadline_s, attempts=attempts,
+            address,
+            model,
+            version=version,
+            transport=transport,
+            deadline_s=deadline_s,
+            attempts=attempts,
             max_batch=max_batch,
-        )  # fmt: skip
+        )
         self._deadline_s, self._attempts, self._max_batch = deadline_s, attempts, max_batch
 
     def __enter__(self) -> "Client":
@@ -321,10 +326,11 @@ def _make_new_folder(folder: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m ddpm_tf.serving.client", allow_abbrev=False,
+        prog="python -m ddpm_tf.serving.client",
+        allow_abbrev=False,
         description="Draw images on a model server and save them as PNGs. Image k has the seed --seed + k.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("--address", default="localhost:8501", help="host:port, or a URL for REST")
     add("--model", required=True, help="the model's name on the server")
@@ -344,8 +350,11 @@ def _parser() -> argparse.ArgumentParser:
         default=6,
         help="how often a request is sent, at most, while the server is not available",
     )
-    add("--progress_steps", type=int,
-        help="draw step by step and show progress; the model's S (sampler.num_steps in its model_card.json)")  # fmt: skip
+    add(
+        "--progress_steps",
+        type=int,
+        help="draw step by step and show progress; the model's S (sampler.num_steps in its model_card.json)",
+    )
     add("--status", action="store_true", help="only print the model's versions and signatures")
     return parser
 
@@ -364,9 +373,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.out is None and not args.status:
             raise InputError("--out is missing; give a new or empty folder, or ask for --status.")
         client = Client(
-            args.address, args.model, version=args.version, label=args.label, transport=args.transport,
-            deadline_s=args.deadline_s, attempts=args.attempts, max_batch=args.max_batch,
-        )  # fmt: skip
+            args.address,
+            args.model,
+            version=args.version,
+            label=args.label,
+            transport=args.transport,
+            deadline_s=args.deadline_s,
+            attempts=args.attempts,
+            max_batch=args.max_batch,
+        )
         with client:
             if args.status:
                 _print_status(client)

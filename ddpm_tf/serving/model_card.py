@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
@@ -20,14 +20,14 @@ FILE = "model_card.json"
 _NOT_OF_THE_SAMPLER = ("num_images", "batch_size", "seed")  # fields of the config's `sample` section
 
 
-def make_card(inference: Any, sampler: Sampler, functions: dict[str, Any], **fields: Any) -> dict[str, Any]:
+def make_card(inference: Any, sampler: Sampler, functions: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     """The card, made of values that JSON can hold.
 
     Args:
         inference: a workdir's `config`, `network`, `diffusion` and `step`.
         sampler: the exported sampler.
         functions: {signature: ConcreteFunction}.
-        fields: more entries of the card.
+        fields: further entries of the card.
     """
     config = inference.config
     return {

@@ -65,8 +65,12 @@ def write_server_files(folder: str, name: str, *, max_batch: int) -> tuple[list[
     if kept:
         logging.warning(
             "%s in %s: exists with other content, and was left alone. Check that it serves this model (name %s, "
-            "max_batch %d), or move it away and export again.", ", ".join(kept), folder, name, max_batch,
-        )  # fmt: skip
+            "max_batch %d), or move it away and export again.",
+            ", ".join(kept),
+            folder,
+            name,
+            max_batch,
+        )
     return written, kept
 
 
@@ -85,8 +89,12 @@ def _texts(name: str, max_batch: int) -> dict[str, str]:
     """{file name: content}."""
     allowed = "\n".join(f"allowed_batch_sizes: {size}" for size in allowed_batch_sizes(max_batch))
     values = {
-        "name": name, "pattern": re.escape(name), "max_batch": max_batch, "allowed": allowed, "version": SERVING_VERSION,
-    }  # fmt: skip
+        "name": name,
+        "pattern": re.escape(name),
+        "max_batch": max_batch,
+        "allowed": allowed,
+        "version": SERVING_VERSION,
+    }
     templates = importlib.resources.files("ddpm_tf.serving") / "templates"
     names = ("models.config", "batching.config", "docker-compose.yml", "nginx.conf")
     return {file_name: (templates / file_name).read_text(encoding="utf-8") % values for file_name in names}

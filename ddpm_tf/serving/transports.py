@@ -128,9 +128,14 @@ class RESTTransport:
         end = time.monotonic() + timeout
         try:
             with self._session.request(
-                method, self._url + resource, data=body, timeout=timeout, stream=True, allow_redirects=False,
+                method,
+                self._url + resource,
+                data=body,
+                timeout=timeout,
+                stream=True,
+                allow_redirects=False,
                 headers={"Content-Type": "application/json"},
-            ) as response:  # fmt: skip
+            ) as response:
                 content = b""
                 # `timeout` above limits the wait for the next bytes. read1 returns the bytes that have arrived, so that
                 # this loop can limit the wait for the whole answer.
@@ -169,9 +174,14 @@ class GRPCTransport:
         self._grpc = _import("grpc")
         self._apis = {
             name: _import(f"tensorflow_serving.apis.{name}")
-            for name in ("predict_pb2", "get_model_metadata_pb2", "get_model_status_pb2", "prediction_service_pb2_grpc",
-                         "model_service_pb2_grpc")
-        }  # fmt: skip
+            for name in (
+                "predict_pb2",
+                "get_model_metadata_pb2",
+                "get_model_status_pb2",
+                "prediction_service_pb2_grpc",
+                "model_service_pb2_grpc",
+            )
+        }
         self._tf = _import("tensorflow")
         self.address, self._which = address, (model, version, label)
         self._channel = self._grpc.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)])

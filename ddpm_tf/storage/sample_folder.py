@@ -40,14 +40,12 @@ def is_finished(path: str) -> bool:
 
 
 @contextlib.contextmanager
-def open_folder(
-    path: str, settings: dict[str, Any], *, image_shape: tuple[int, ...], batch_size: int, png: bool
-) -> Iterator["SampleFolder"]:
+def open_folder(path: str, settings: dict[str, Any], image_shape: tuple[int, ...]) -> Iterator["SampleFolder"]:
     """Hold a folder for one run: a new or empty one, or one that an earlier start with the same settings left.
 
     Args:
-        settings: all that the images depend on, as JSON can hold it.
-        png: write one file per image.
+        settings: all that the files depend on, as JSON can hold it; among them num_images, batch_size and png (whether one
+            file per image is written).
 
     Raises:
         InputError: a folder of something else, or one of other settings; the message says what differs.
@@ -76,7 +74,7 @@ def open_folder(
             raise InputError(
                 f"--out={path} was begun with other settings:\n  {table}\nUse the same settings, or another folder."
             )
-        yield SampleFolder(path, image_shape, settings["num_images"], batch_size, png)
+        yield SampleFolder(path, settings, image_shape)
 
 
 class SampleFolder:
@@ -86,8 +84,9 @@ class SampleFolder:
         num_done: how many images are there from earlier starts, a multiple of the batch size, or all.
     """
 
-    def __init__(self, path: str, image_shape: tuple[int, ...], num_images: int, batch_size: int, png: bool) -> None:
-        self._path, self._png, self._shape = path, png, (num_images, *image_shape)
+    def __init__(self, path: str, settings: dict[str, Any], image_shape: tuple[int, ...]) -> None:
+        num_images, batch_size = settings["num_images"], settings["batch_size"]
+        self._path, self._png, self._shape = path, settings["png"], (num_images, *image_shape)
         self._part = os.path.join(path, _PART)
         if is_finished(path):
             self.num_done = num_images
@@ -98,7 +97,7 @@ class SampleFolder:
         self.num_done = num_images if there >= num_images else there // batch_size * batch_size
         with open(self._part, "ab") as f:
             f.truncate(self.num_done * size)
-        if png:
+        if self._png:
             os.makedirs(os.path.join(path, _IMAGES), exist_ok=True)
 
     def add(self, seeds: np.ndarray, batch: np.ndarray) -> None:

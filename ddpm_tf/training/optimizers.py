@@ -39,10 +39,17 @@ class Adam(keras.optimizers.Adam):
     def update_step(self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor) -> None:
         index, t = self._get_variable_index(variable), tf.cast(self.iterations.value + 1, tf.float32)
         tf.raw_ops.ResourceApplyAdam(
-            var=variable.handle, m=self._momentums[index].value.handle, v=self._velocities[index].value.handle,
-            beta1_power=tf.pow(self.beta_1, t), beta2_power=tf.pow(self.beta_2, t), lr=learning_rate,
-            beta1=self.beta_1, beta2=self.beta_2, epsilon=self.epsilon, grad=gradient,
-        )  # fmt: skip
+            var=variable.handle,
+            m=self._momentums[index].value.handle,
+            v=self._velocities[index].value.handle,
+            beta1_power=tf.pow(self.beta_1, t),
+            beta2_power=tf.pow(self.beta_2, t),
+            lr=learning_rate,
+            beta1=self.beta_1,
+            beta2=self.beta_2,
+            epsilon=self.epsilon,
+            grad=gradient,
+        )
 
 
 @keras.saving.register_keras_serializable(package="ddpm_tf")
@@ -57,9 +64,15 @@ class RMSProp(keras.optimizers.RMSprop):
     def update_step(self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor) -> None:
         index = self._get_variable_index(variable)
         tf.raw_ops.ResourceApplyRMSProp(
-            var=variable.handle, ms=self._velocities[index].value.handle, mom=self._momentums[index].value.handle,
-            lr=learning_rate, rho=self.rho, momentum=self.momentum, epsilon=self.epsilon, grad=gradient,
-        )  # fmt: skip
+            var=variable.handle,
+            ms=self._velocities[index].value.handle,
+            mom=self._momentums[index].value.handle,
+            lr=learning_rate,
+            rho=self.rho,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            grad=gradient,
+        )
 
 
 def _adam(

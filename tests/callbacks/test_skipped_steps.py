@@ -139,8 +139,9 @@ class ScriptedRun(Scripted):
 def test_the_log_names_the_replica_that_was_not_finite(caplog):
     model = types.SimpleNamespace(
         skipped=types.SimpleNamespace(total=tf.constant(0), in_a_row=tf.constant(1), steps=tf.constant([-1, 4])),
-        not_finite_at=tf.constant([-1, 4]), max_skipped_steps=20,
-    )  # fmt: skip
+        not_finite_at=tf.constant([-1, 4]),
+        max_skipped_steps=20,
+    )
     nothing = {"t": np.array([7]), "indices": np.array([3])}
     callback = SkippedSteps(0, folder=None, replay=lambda step: nothing)
     callback.set_model(model)

@@ -245,14 +245,30 @@ def test_formats_that_can_run_code_are_refused(tmp_path, suffix):
 
 def test_the_architecture_of_ddpm_cifar10_32_is_the_papers(tmp_path):
     """google/ddpm-cifar10-32's config.json, as facts."""
-    (tmp_path / "config.json").write_text(json.dumps({
-        "_class_name": "UNet2DModel", "act_fn": "silu", "attention_head_dim": None, "block_out_channels": [128, 256, 256, 256],
-        "center_input_sample": False, "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
-        "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "in_channels": 3, "layers_per_block": 2,
-        "mid_block_scale_factor": 1, "norm_eps": 1e-06, "norm_num_groups": 32, "out_channels": 3, "sample_size": 32,
-        "time_embedding_type": "positional",
-        "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-    }))  # fmt: skip
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "_class_name": "UNet2DModel",
+                "act_fn": "silu",
+                "attention_head_dim": None,
+                "block_out_channels": [128, 256, 256, 256],
+                "center_input_sample": False,
+                "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+                "downsample_padding": 0,
+                "flip_sin_to_cos": False,
+                "freq_shift": 1,
+                "in_channels": 3,
+                "layers_per_block": 2,
+                "mid_block_scale_factor": 1,
+                "norm_eps": 1e-06,
+                "norm_num_groups": 32,
+                "out_channels": 3,
+                "sample_size": 32,
+                "time_embedding_type": "positional",
+                "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+            }
+        )
+    )
     arguments = read_architecture(tmp_path / "config.json")
     assert arguments["ch"] == 128 and arguments["ch_mult"] == (1, 2, 2, 2) and arguments["attn_resolutions"] == (16,)
     assert arguments["image_shape"] == (32, 32, 3) and arguments["num_res_blocks"] == 2

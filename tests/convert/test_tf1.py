@@ -61,8 +61,12 @@ def test_a_workdir_holds_the_files_weights_moments_and_step(tmp_path):
     arrays = read_bundle(CHECKPOINT)
     assert step == 12 == tensors["step"]
     used = set()
-    for group, suffix in (("network", ""), ("ema", "/ExponentialMovingAverage"), ("optimizer/momentum", "/Adam"),
-                          ("optimizer/velocity", "/Adam_1")):  # fmt: skip
+    for group, suffix in (
+        ("network", ""),
+        ("ema", "/ExponentialMovingAverage"),
+        ("optimizer/momentum", "/Adam"),
+        ("optimizer/velocity", "/Adam_1"),
+    ):
         for path, name in (("conv_in/kernel", "conv_in/W"), ("down_1.attn_0/q/bias", "down_1/attn_0/q/b")):
             np.testing.assert_array_equal(tensors[f"{group}/model/{path}"], arrays[f"model/{name}{suffix}"])
         used |= {k for k in tensors if k.startswith(group + "/")}

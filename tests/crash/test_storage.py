@@ -98,10 +98,13 @@ def test_too_little_memory_is_told_and_the_run_goes_on_with_micro_batches(tmp_pa
     np.savez(tmp_path / "data.npz", images=np.zeros((16, 32, 32, 1), np.uint8))
     workdir = tmp_path / "w"
     large = (
-        f"--config.data.source=npz:{tmp_path / 'data.npz'}", "--config.data.image_size=32",
-        "--config.data.batch_size=16", "--config.network.attn_resolutions=(32,)", "--config.network.dropout=0.0",
+        f"--config.data.source=npz:{tmp_path / 'data.npz'}",
+        "--config.data.image_size=32",
+        "--config.data.batch_size=16",
+        "--config.network.attn_resolutions=(32,)",
+        "--config.network.dropout=0.0",
         "--config.train.sample_every=0",
-    )  # fmt: skip
+    )
     parts = (*large, "--config.train.micro_batches=16")
     assert train(workdir, *parts, "--config.train.num_steps=1").returncode == 0
     monkeypatch.setenv("TF_MKL_ALLOC_MAX_BYTES", str(60 << 20))

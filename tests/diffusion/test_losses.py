@@ -86,9 +86,13 @@ def test_the_bound_is_eq_12(t):
     eq_12 = constant + beta**2 / (2 * sigma_squared * alpha * (1 - abar)) * error**2
     np.testing.assert_allclose(kl, eq_12, rtol=1e-9)
     ours = losses.vb_terms_bpd(
-        GaussianDiffusion(s), tf.constant(eps + error, tf.float32), x_0=tf.constant(x_0, tf.float32),
-        x_t=tf.constant(x_t, tf.float32), t=tf.constant([t]), clip=False,
-    )  # fmt: skip
+        GaussianDiffusion(s),
+        tf.constant(eps + error, tf.float32),
+        x_0=tf.constant(x_0, tf.float32),
+        x_t=tf.constant(x_t, tf.float32),
+        t=tf.constant([t]),
+        clip=False,
+    )
     # float32: at t = 999 x_0 is eps times 1 / sqrt(abar) = 158
     np.testing.assert_allclose(ours * np.log(2), [eq_12.mean()], rtol=2e-3)
 

@@ -14,9 +14,12 @@ def test_the_bound_matches_the_original(reference):
     @tf.function
     def run(x_0):
         return bits_per_dim(
-            reference.diffusion(), lambda x_t, t: network({"x_t": x_t, "t": t}), x_0, None,
+            reference.diffusion(),
+            lambda x_t, t: network({"x_t": x_t, "t": t}),
+            x_0,
+            None,
             noise_fn=lambda seeds, t, shape: table[1 + t],
-        )  # fmt: skip
+        )
 
     bound = run(tf.constant(reference["x0"]))
     np.testing.assert_allclose(bound.terms[:, 1:], reference["bpd_terms"][:, 1:], rtol=1e-5, atol=2e-5)

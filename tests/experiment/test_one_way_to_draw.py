@@ -86,9 +86,15 @@ def test_a_grid_draws_them_without_guidance(replicas, tmp_path):
         model = DiffusionModel(make_network(), DIFFUSION)
     source = ArraySource(np.zeros((8, 8, 8, 1), np.uint8))
     run = Run(
-        config=config, workdir=str(tmp_path), options=StartOptions(), strategy=strategy, cluster=Cluster(), source=source,
-        data={}, fingerprint={},
-    )  # fmt: skip
+        config=config,
+        workdir=str(tmp_path),
+        options=StartOptions(),
+        strategy=strategy,
+        cluster=Cluster(),
+        source=source,
+        data={},
+        fingerprint={},
+    )
     drawn = Grids(run, model, types.SimpleNamespace()).draw(0)
     sampler = builders.build_sampler(config, DIFFUSION)
     expected = images.to_uint8(sample(model.ema_network, sampler, SEEDS, labels=np.arange(7) % 3).images)
@@ -100,8 +106,9 @@ def test_the_saved_model_draws_them_from_labels_and_guidance_scale(network, samp
     save_model(str(tmp_path), network, sampler, sampler.diffusion, max_batch=16)
     signatures = tf.saved_model.load(str(tmp_path)).signatures
     conditions = {
-        "label": tf.constant(np.arange(7) % 3, tf.int32), "guidance_scale": tf.fill([7], GUIDANCE),
-    }  # fmt: skip
+        "label": tf.constant(np.arange(7) % 3, tf.int32),
+        "guidance_scale": tf.fill([7], GUIDANCE),
+    }
     seed = tf.constant(SEEDS)
     drawn = signatures["sample"](seed=seed, **conditions)["images"].numpy()
     assert grey(drawn, expected) <= 1
@@ -120,8 +127,10 @@ def test_the_saved_model_draws_them_from_labels_and_guidance_scale(network, samp
         signatures["bits_per_dim"](images=grey_levels, seed=seed, label=v)["total_bpd"] for v in (label, 2 - label)
     ]
     assert np.isfinite(bounds).all() and not np.allclose(*bounds)
-    for bad, message in (({"label": tf.fill([7], 4)}, "label must be within 0..3"),
-                         ({"guidance_scale": tf.fill([7], float("nan"))}, "guidance_scale must be finite")):  # fmt: skip
+    for bad, message in (
+        ({"label": tf.fill([7], 4)}, "label must be within 0..3"),
+        ({"guidance_scale": tf.fill([7], float("nan"))}, "guidance_scale must be finite"),
+    ):
         with pytest.raises(tf.errors.InvalidArgumentError, match=message):
             signatures["sample"](seed=seed, **conditions | bad)
 

@@ -123,10 +123,15 @@ def test_ancestral_chain_matches_the_original(reference):
         sampler = make_sampler("ddpm", reference.diffusion(variance=variance))
         run = tf.function(
             lambda x, start, stop, sampler=sampler: run_chain(
-                sampler, lambda x_t, i: network({"x_t": x_t, "t": i}), x, tf.zeros([x.shape[0]], tf.int64),
-                start=start, stop=stop, noise_fn=noise_fn,
+                sampler,
+                lambda x_t, i: network({"x_t": x_t, "t": i}),
+                x,
+                tf.zeros([x.shape[0]], tf.int64),
+                start=start,
+                stop=stop,
+                noise_fn=noise_fn,
             )[:2]
-        )  # fmt: skip
+        )
         name = "sample_" + variance.replace("_", "")
         recorded = sorted(
             (int(k.rpartition("_t")[2]) for k in reference.arrays if k.startswith(f"{name}_t")), reverse=True

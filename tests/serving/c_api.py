@@ -47,9 +47,15 @@ class CSession:
         meta_graph = self._lib.TF_NewBuffer()
         with _Status(self._lib) as status:
             self._session = self._lib.TF_LoadSessionFromSavedModel(
-                self._lib.TF_NewSessionOptions(), None, os.fsencode(saved_model_dir), tags, 1, self._graph, meta_graph,
+                self._lib.TF_NewSessionOptions(),
+                None,
+                os.fsencode(saved_model_dir),
+                tags,
+                1,
+                self._graph,
+                meta_graph,
                 status,
-            )  # fmt: skip
+            )
         content = ctypes.string_at(meta_graph.contents.data, meta_graph.contents.length)
         self.signatures = _read_signatures(content)
         self._lib.TF_DeleteBuffer(meta_graph)
@@ -86,9 +92,19 @@ class CSession:
         try:
             with _Status(lib) as status:
                 lib.TF_SessionRun(
-                    self._session, None, self._outputs(feeds), (ctypes.c_void_p * len(values))(*values), len(values),
-                    self._outputs(fetches), results, len(fetches), None, 0, None, status,
-                )  # fmt: skip
+                    self._session,
+                    None,
+                    self._outputs(feeds),
+                    (ctypes.c_void_p * len(values))(*values),
+                    len(values),
+                    self._outputs(fetches),
+                    results,
+                    len(fetches),
+                    None,
+                    0,
+                    None,
+                    status,
+                )
             return [self._to_array(result) for result in results]
         finally:
             for tensor in (*values, *filter(None, results)):
@@ -174,8 +190,22 @@ def _library():
         ("TF_DeleteBuffer", None, buffer),
         ("TF_LoadSessionFromSavedModel", pointer, pointer, buffer, text, pointer, number, pointer, buffer, pointer),
         ("TF_GraphOperationByName", pointer, pointer, text),
-        ("TF_SessionRun", None, pointer, buffer, outputs, tensors, number, outputs, tensors, number, pointer, number,
-         buffer, pointer),
+        (
+            "TF_SessionRun",
+            None,
+            pointer,
+            buffer,
+            outputs,
+            tensors,
+            number,
+            outputs,
+            tensors,
+            number,
+            pointer,
+            number,
+            buffer,
+            pointer,
+        ),
         ("TF_AllocateTensor", pointer, number, ctypes.POINTER(ctypes.c_int64), number, size),
         ("TF_DeleteTensor", None, pointer),
         ("TF_TensorData", pointer, pointer),
@@ -187,7 +217,7 @@ def _library():
         ("TF_StringCopy", None, pointer, text, size),
         ("TF_StringGetDataPointer", pointer, pointer),
         ("TF_StringGetSize", size, pointer),
-    ):  # fmt: skip
+    ):
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
     return lib

@@ -229,9 +229,12 @@ def main():
         with open(args.batching_parameters_file, encoding="utf-8") as f:
             batching = read_batching(f.read())
     with StandIn(
-        args.models, port=args.port, rest_api_port=args.rest_api_port, batching=batching,
+        args.models,
+        port=args.port,
+        rest_api_port=args.rest_api_port,
+        batching=batching,
         rest_api_timeout_s=args.rest_api_timeout_in_ms / 1000,
-    ) as server:  # fmt: skip
+    ) as server:
         print(f"Stand-in: gRPC on {server.port}, REST on {server.rest_api_port}", flush=True)
         while True:
             time.sleep(1)

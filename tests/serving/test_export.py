@@ -58,9 +58,21 @@ def test_a_seed_is_the_same_image_everywhere_alone_and_in_any_order(workdir, exp
             assert grey_levels(np.concatenate([images[str(k)] for k in range(9)]), expected) <= 1
     np.save(tmp_path / "seeds.npy", seeds)
     run_python(
-        "-m", "tensorflow.python.tools.saved_model_cli", "run", "--dir", saved_model, "--tag_set", "serve",
-        "--signature_def", "sample", "--inputs", f"seed={tmp_path / 'seeds.npy'}", "--outdir", tmp_path, cwd=tmp_path,
-    )  # fmt: skip
+        "-m",
+        "tensorflow.python.tools.saved_model_cli",
+        "run",
+        "--dir",
+        saved_model,
+        "--tag_set",
+        "serve",
+        "--signature_def",
+        "sample",
+        "--inputs",
+        f"seed={tmp_path / 'seeds.npy'}",
+        "--outdir",
+        tmp_path,
+        cwd=tmp_path,
+    )
     assert grey_levels(np.load(tmp_path / "images.npy"), expected) <= 1
 
 

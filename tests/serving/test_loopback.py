@@ -106,11 +106,18 @@ def real_server(models, folder):
     rest, grpc = free_port(), free_port()
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(
-            ["tensorflow_model_server", f"--port={grpc}", f"--rest_api_port={rest}",
-             f"--model_config_file={folder}/models.config", "--allow_version_labels_for_unavailable_models=true",
-             "--enable_batching=true", f"--batching_parameters_file={models}/batching.config"],
-            stdout=log, stderr=log,
-        )  # fmt: skip
+            [
+                "tensorflow_model_server",
+                f"--port={grpc}",
+                f"--rest_api_port={rest}",
+                f"--model_config_file={folder}/models.config",
+                "--allow_version_labels_for_unavailable_models=true",
+                "--enable_batching=true",
+                f"--batching_parameters_file={models}/batching.config",
+            ],
+            stdout=log,
+            stderr=log,
+        )
     found = Server(f"127.0.0.1:{rest}", f"127.0.0.1:{grpc}")
     try:
         with connect(found, "rest", deadline_s=120, attempts=50) as client:
@@ -396,9 +403,14 @@ def run_cli(*args):
 def test_the_command_line_draws_pngs(server, transport, extra, tmp_path):
     out = tmp_path / "new" / "drawn"
     result = run_cli(
-        f"--address={getattr(server, transport)}", f"--transport={transport}", "--model=digits", "--seed=40",
-        "--num_images=3", f"--out={out}", *extra,
-    )  # fmt: skip
+        f"--address={getattr(server, transport)}",
+        f"--transport={transport}",
+        "--model=digits",
+        "--seed=40",
+        "--num_images=3",
+        f"--out={out}",
+        *extra,
+    )
     assert result.returncode == 0, result.stderr
     assert {p.name for p in out.iterdir()} == {"grid.png", *(f"seed_{s:06d}.png" for s in (40, 41, 42))}
     with connect(server, transport) as client:

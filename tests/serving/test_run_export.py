@@ -65,9 +65,18 @@ def test_settings_reach_the_export_and_costly_requests_are_not_warmed_up(workdir
     for name in ("config.json", "ckpt"):
         (tmp_path / name).symlink_to(workdir / name)
     output = run_python(
-        "run_export.py", f"--workdir={tmp_path}", f"--out={tmp_path / 'models' / 'd'}", "--sampler=ddpm",
-        "--num_steps=100", "--bpd_steps=100", "--max_batch=2", "--license=CC0-1.0", "--version=5", "--noema", cwd=ROOT,
-    )  # fmt: skip
+        "run_export.py",
+        f"--workdir={tmp_path}",
+        f"--out={tmp_path / 'models' / 'd'}",
+        "--sampler=ddpm",
+        "--num_steps=100",
+        "--bpd_steps=100",
+        "--max_batch=2",
+        "--license=CC0-1.0",
+        "--version=5",
+        "--noema",
+        cwd=ROOT,
+    )
     assert re.search(r"models/d/5 \(\d+ s\)\.\nServe it: cd .*models && docker compose", output)
     version = tmp_path / "models" / "d" / "5"
     card = card_of(version)

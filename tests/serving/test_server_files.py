@@ -114,9 +114,21 @@ needs_nginx = pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is
 @needs_nginx
 def test_nginx_takes_the_configuration(folder):
     result = subprocess.run(
-        ["nginx", "-t", "-e", "stderr", "-p", str(folder), "-c", str(folder / "nginx.conf"), "-g", f"pid {folder}/pid;"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            "nginx",
+            "-t",
+            "-e",
+            "stderr",
+            "-p",
+            str(folder),
+            "-c",
+            str(folder / "nginx.conf"),
+            "-g",
+            f"pid {folder}/pid;",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -133,9 +145,18 @@ def proxy(folder, upstream):
     text = (folder / "nginx.conf").read_text()
     path.write_text(text.replace("listen 8080", f"listen 127.0.0.1:{port}").replace("model-server:8501", upstream))
     process = subprocess.Popen(
-        ["nginx", "-e", str(folder / "error.log"), "-p", str(folder), "-c", str(path),
-         "-g", f"daemon off; pid {folder}/pid; error_log {folder}/error.log;"],
-    )  # fmt: skip
+        [
+            "nginx",
+            "-e",
+            str(folder / "error.log"),
+            "-p",
+            str(folder),
+            "-c",
+            str(path),
+            "-g",
+            f"daemon off; pid {folder}/pid; error_log {folder}/error.log;",
+        ],
+    )
     try:
         for _ in range(100):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):

@@ -29,14 +29,12 @@ def settings(**changed):
     return {"num_images": 10, "batch_size": 4, "png": True} | changed
 
 
-def write(path, *, until=10, batch_size=4, labels=None, png=True, **changed):
+def write(path, *, until=10, labels=None, png=True, **changed):
     """Write the pixels from where the folder stands, batch by batch, and stop before image `until`."""
-    with open_folder(
-        str(path), settings(png=png, **changed), image_shape=SHAPE, batch_size=batch_size, png=png
-    ) as folder:
+    with open_folder(str(path), settings(png=png, **changed), SHAPE) as folder:
         begun_at = folder.num_done
-        for first in range(folder.num_done, until, batch_size):
-            rows = slice(first, first + batch_size)
+        for first in range(folder.num_done, until, 4):
+            rows = slice(first, first + 4)
             folder.add(np.arange(10)[rows], PIXELS[rows])
         if until >= 10:
             folder.finish(labels)
@@ -116,8 +114,16 @@ def test_small_images_are_enlarged_for_people_to_64_pixels_at_least():
 
 
 def sample_command(workdir, out, *flags):
-    return [sys.executable, "run_sample.py", f"--workdir={workdir}", f"--out={out}", "--num_images=2000",
-            "--batch_size=50", "--num_steps=2", *flags]  # fmt: skip
+    return [
+        sys.executable,
+        "run_sample.py",
+        f"--workdir={workdir}",
+        f"--out={out}",
+        "--num_images=2000",
+        "--batch_size=50",
+        "--num_steps=2",
+        *flags,
+    ]
 
 
 @pytest.mark.slow
@@ -146,8 +152,12 @@ def test_2000_images_killed_at_random_moments_end_as_the_same_files(workdir, tmp
     assert refused.returncode == 2 and "seed" in refused.stderr and "Traceback" not in refused.stderr
     with np.load(tmp_path / "whole" / "samples.npz") as arrays:
         images = arrays["images"].astype(int)
-    other = sample_images(str(workdir), out=str(tmp_path / "other"), png=False,
-                          settings={"num_images": 300, "batch_size": 64, "num_steps": 2})  # fmt: skip
+    other = sample_images(
+        str(workdir),
+        out=str(tmp_path / "other"),
+        png=False,
+        settings={"num_images": 300, "batch_size": 64, "num_steps": 2},
+    )
     with np.load(os.path.join(other, "samples.npz")) as arrays:
         assert np.abs(arrays["images"] - images[:300]).max() <= 1
     assert json.loads((tmp_path / "whole" / "sampling.json").read_text())["training_step"] == 4
@@ -169,7 +179,7 @@ class Network:  # costs nothing
 
 count, out = int(sys.argv[1]), sys.argv[2]
 sampler = make_sampler("ddim", GaussianDiffusion(Schedule(make_betas("linear", 1000))), num_steps=2)
-with open_folder(out, {"num_images": count}, image_shape=(64, 64, 3), batch_size=100, png=False) as folder:
+with open_folder(out, {"num_images": count, "batch_size": 100, "png": False}, (64, 64, 3)) as folder:
     for batch in generate(Network(), sampler, num_images=count, batch_size=100):
         folder.add(batch.seeds, batch.images)
     folder.finish(None)
@@ -181,9 +191,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 def test_memory_is_that_of_a_batch(tmp_path):
     """Peak memory in MiB of 500 and of 10,000 images of 64x64x3 (123 MB of pixels)."""
     few, many = (
-        float(subprocess.run([sys.executable, "-c", MEMORY, str(n), str(tmp_path / str(n))], cwd=ROOT, check=True,
-                             capture_output=True, text=True).stdout)
+        float(
+            subprocess.run(
+                [sys.executable, "-c", MEMORY, str(n), str(tmp_path / str(n))],
+                cwd=ROOT,
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
+        )
         for n in (500, 10_000)
-    )  # fmt: skip
+    )
     print(f"\npeak of 500 images {few:.0f} MiB, of 10,000 {many:.0f} MiB")
     assert many < few + 100

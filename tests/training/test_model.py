@@ -66,9 +66,14 @@ def train(
             (8, 8, 1), ch=64, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), dropout=dropout, remat=remat
         )
         model = DiffusionModel(
-            network, GaussianDiffusion(SCHEDULE), seed=3, ema_decay=0.9, grad_clip=grad_clip, grad_clip_mode=mode,
+            network,
+            GaussianDiffusion(SCHEDULE),
+            seed=3,
+            ema_decay=0.9,
+            grad_clip=grad_clip,
+            grad_clip_mode=mode,
             micro_batches=micro_batches,
-        )  # fmt: skip
+        )
         model.compile(make_optimizer(learning_rate=1e-3, warmup_steps=2), **compile_args)
         if probe:
             return probe(model, strategy, dataset)
