@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from ddpm_tf.errors import InputError
-from ddpm_tf.serving.client import Client, main
+from ddpm_tf.serving.client import Client
+from ddpm_tf.serving.client.__main__ import main
 from ddpm_tf.serving.transports import TRANSPORTS, ServerError, SignatureInfo, TensorInfo, VersionStatus
 
 pytest.importorskip("requests", reason="the client needs ddpm_tf[serving]: requests")
