@@ -93,7 +93,7 @@ def test_nothing_in_it_is_compiled_by_xla_and_the_lists_of_ops_are_what_is_used(
     [
         ({"block_size": 2, "attn_resolutions": ()}, {"prediction": "v"}, "ddim"),
         ({"resamp_with_conv": False}, {"prediction": "x_0", "variance": "fixed_small"}, "ddpm"),
-        ({"out_channels": 2}, {"variance": "learned_range", "clip": False}, "ddpm"),
+        ({"out_channels": 2}, {"variance": "learned_range"}, "ddpm"),
     ],
 )
 def test_other_networks_and_diffusions_need_no_other_ops(network, diffusion, sampler, tmp_path):
