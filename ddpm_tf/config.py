@@ -10,7 +10,7 @@ import ml_collections
 from absl import logging
 
 from ddpm_tf import __version__
-from ddpm_tf.errors import InputError
+from ddpm_tf.errors import InputError, unknown_name
 
 NEVER_ABSENT = object()
 
@@ -61,14 +61,14 @@ FIELDS = (
     Field("network.dropout", 0.0, _FIXED, "Dropout rate, 0 <= rate < 1."),
     Field("network.resamp_with_conv", True, _FIXED, "Resample with a convolution."),
     Field("network.block_size", 1, _FIXED, "Side of the pixel blocks that become channels, pixels; above 1 saves memory."),
-    Field("network.remat", False, _FREE, "Compute activations again for the gradient: less memory, more time, other rounding."),
+    Field("network.remat", False, _FREE, "Compute activations again for the gradient: less memory, more time.", False),
     Field("network.theta", 10000.0, _FIXED, "Base of the time embedding's frequencies theta^(-k/(K-1)).", 10000.0),
     Field("train.num_steps", 800_000, _FREE, "Training ends after this many steps."),
     Field("train.log_every", 100, _FREE, "Interval of metrics.jsonl rows, steps; 0: never."),
     Field("train.checkpoint_every", 5000, _FREE, "Interval of checkpoints, steps; 0: only at the end."),
-    Field("train.checkpoint_minutes", 30.0, _FREE, "Longest time between two checkpoints, minutes; 0: no limit."),
+    Field("train.checkpoint_minutes", 30.0, _FREE, "Longest time between two checkpoints, minutes; 0: no limit.", 0.0),
     Field("train.keep_checkpoints", 3, _FREE, "How many of the newest checkpoints are kept."),
-    Field("train.keep_every", 0, _FREE, "Checkpoints at multiples of this many steps are never deleted; 0: none."),
+    Field("train.keep_every", 0, _FREE, "Checkpoints at multiples of this many steps are never deleted; 0: none.", 0),
     Field("train.sample_every", 5000, _FREE, "Interval of sample grids, steps; 0: only at the end."),
     Field("train.loss", "simple", _FIXED, "Training loss: simple (Eq. 14), vlb or hybrid."),
     Field("train.loss_weight", "none", _FIXED, "Weight of a timestep in loss simple: none, snr, min_snr or p2."),
@@ -79,11 +79,11 @@ FIELDS = (
     Field("train.grad_clip", 1.0, _FIXED, "Largest global norm of the gradient; 0: no clipping."),
     Field("train.grad_clip_mode", "global", _FIXED, "global, or per_replica (the original's rule)."),
     Field("train.jit_compile", "auto", _FIXED, "XLA for loss and gradient: on, off, or auto (on with a GPU)."),
-    Field("train.precision", "float32", _FREE, "Precision of the forward and backward pass: float32, bfloat16 or float16."),
-    Field("train.tf32", False, _FREE, "Let a GPU train with TF32 (10 bits of mantissa), which is faster."),
-    Field("train.micro_batches", 1, _FREE, "Parts of a batch, computed one after the other; more parts need less memory."),
-    Field("train.deterministic", False, _FREE, "Deterministic kernels only: bit-exact resume on a GPU too; slower there."),
-    Field("train.max_skipped_steps", 20, _FREE, "Training stops after this many steps in a row that are not finite."),
+    Field("train.precision", "float32", _FREE, "Of the forward and backward pass: float32, bfloat16 or float16.", "float32"),
+    Field("train.tf32", False, _FREE, "Let a GPU train with TF32 (10 bits of mantissa), which is faster.", False),
+    Field("train.micro_batches", 1, _FREE, "Parts of a batch, computed in turn; more parts need less memory.", 1),
+    Field("train.deterministic", False, _FREE, "Deterministic kernels only: exact resume on a GPU too; slower there.", False),
+    Field("train.max_skipped_steps", 20, _FREE, "Training stops after this many steps in a row that are not finite.", 20),
     Field("train.steps_per_execution", 1, _FREE, "Steps per call of the compiled function; must divide the intervals above."),
     Field("optimizer.name", "adam", _FIXED, "adam, or rmsprop (decay 0.95, momentum 0.9), the original's two."),
     Field("optimizer.learning_rate", 2e-4, _FREE, "Learning rate after warm-up."),
@@ -92,7 +92,7 @@ FIELDS = (
     Field("optimizer.beta_2", 0.999, _FIXED, "Adam's decay of the second moment."),
     Field("optimizer.epsilon", 1e-8, _FIXED, "Epsilon of the optimizer."),
     Field("sample.sampler", "ddpm", _FREE, "ddpm (ancestral) or ddim."),
-    Field("sample.num_steps", 0, _FREE, "Sampling steps S, 1..T; 0: T."),
+    Field("sample.num_steps", 0, _FREE, "Sampling steps S, 1..T; 0: T, the length of the trained chain."),
     Field("sample.spacing", "uniform", _FREE, "Visited timesteps: uniform, quad, linspace, trailing or guide."),
     Field("sample.eta", 0.0, _FREE, "DDIM's noise, 0..1."),
     Field("sample.clip", True, _FREE, "Clip the predicted x_0 to [-1, 1] (DDIM's published figures: off)."),
@@ -176,6 +176,13 @@ def _type_problem(field: Field, value: Any) -> str | None:
     return None
 
 
+def type_problem(section: str, name: str, value: Any) -> str | None:
+    """What is wrong with a field's name or with a value's type, as a sentence, or None."""
+    fields = {field.path: field for field in FIELDS}
+    path = f"{section}.{name}"
+    return _type_problem(fields[path], value) if path in fields else str(unknown_name("field", path, fields))
+
+
 def refuse(problems: list[str], origin: str = "The config") -> None:
     """Raise InputError that lists all `problems`, which are sentences; with no problem, do nothing."""
     if problems:
@@ -240,7 +247,9 @@ def from_json(
         raise InputError(f"{origin} is not a config written by this program: {e}") from e
     known = {field.path: field for field in FIELDS}
     if unknown := sorted(values.keys() - known.keys()):
-        meant = "".join(f"; did you mean {suggest(path)} by {path}?" for path in unknown if suggest(path))
+        is_newer = version not in (None, __version__)  # then the fields are new, and not mistyped
+        hints = {path: suggest(path) for path in unknown if not is_newer and suggest(path)}
+        meant = "".join(f"; did you mean {hint} by {path}?" for path, hint in hints.items())
         raise InputError(
             f"{origin} was written by {f'ddpm_tf {version}' if version else 'an unknown version of ddpm_tf'} and has fields "
             f"that ddpm_tf {__version__} does not know "

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from ddpm_tf import config as config_lib
-from ddpm_tf import experiment
+from ddpm_tf import experiment, files
 from ddpm_tf.errors import InputError
-from ddpm_tf.experiment.run import read_config
+from ddpm_tf.experiment.run import read_run_config
 from tests.conftest import DATA, state
 
 FOLDER = f"{DATA}/workdir_0_1_0"
@@ -42,8 +42,16 @@ def test_it_samples_the_same_images(older, expected, tmp_path, caplog):
         np.testing.assert_array_equal(arrays["images"], expected["images"])
 
 
+def test_its_average_answers_as_it_did(older, expected):
+    """The network's output is too small to show in images of four steps; here a wrong weight shows."""
+    network = experiment.load_for_inference(str(older)).network
+    output = network({"x_t": expected["x_t"], "t": expected["t"]}).numpy()
+    assert np.abs(expected["output"]).max() > 1e-4
+    np.testing.assert_allclose(output, expected["output"], rtol=1e-3, atol=1e-8)
+
+
 def test_it_trains_on(older, expected):
-    config = read_config(str(older))
+    config = read_run_config(str(older))
     config.train.num_steps = 8
     experiment.train(config, str(older))
     step, tensors = state(older)
@@ -67,14 +75,33 @@ def test_a_field_of_a_newer_version_is_refused_with_that_version(older):
     config["ddpm_tf"], config["network"]["depth"] = "9.9.9", 3
     text = json.dumps(config)
     with pytest.raises(
-        InputError, match=r"config.json was written by ddpm_tf 9.9.9 and has fields .* \(network.depth[;)]"
+        InputError, match=r"config.json was written by ddpm_tf 9.9.9 and has fields .* \(network.depth\)"
     ):
         config_lib.from_json(text, "config.json")
-    meta_path = next((older / "ckpt").glob("step_*")) / "meta.json"
-    meta = json.loads(meta_path.read_text())
-    with pytest.raises(InputError, match=r"The checkpoint was written by ddpm_tf 9.9.9 and has fields .*network.depth"):
-        meta["config"]["network"]["depth"] = 3
-        config_lib.from_json(json.dumps(meta["config"]), "The checkpoint", version="9.9.9")
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused_by_every_command(older, tmp_path):
+    folder = next((older / "ckpt").glob("step_*"))
+    meta = json.loads((folder / "meta.json").read_text()) | {"version": "9.9.9"}
+    meta["config"]["network"]["depth"] = 3
+    (folder / "meta.json").write_text(json.dumps(meta))
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    manifest["meta.json"] = {
+        "size": (folder / "meta.json").stat().st_size,
+        "sha256": files.sha256(folder / "meta.json"),
+    }
+    (folder / "MANIFEST.json").write_text(json.dumps(manifest))
+    config = read_run_config(str(older))
+    config.train.num_steps = 8
+    message = r"The checkpoint of step 6 in .* was written by ddpm_tf 9.9.9 and has fields .*\(network.depth\)"
+    for use in (
+        lambda: experiment.train(config, str(older)),
+        lambda: experiment.sample_images(str(older), out=str(tmp_path / "out")),
+        lambda: experiment.export(str(older), str(tmp_path / "digits")),
+        lambda: experiment.export_weights(str(older), "tf1", str(tmp_path / "tf1")),
+    ):
+        with pytest.raises(InputError, match=message):
+            use()
 
 
 def test_a_lost_field_is_damage_and_no_older_version():
@@ -89,5 +116,5 @@ def test_a_setting_that_played_no_part_is_read_and_reported(older, caplog):
     config["diffusion"] |= {"schedule": "cosine", "beta_end": 0.5}
     (older / "config.json").write_text(json.dumps(config))
     with caplog.at_level("INFO", logger="absl"):
-        assert read_config(str(older)).diffusion.beta_end == 0.02
+        assert read_run_config(str(older)).diffusion.beta_end == 0.02
     assert "diffusion.beta_end=0.5, which diffusion.schedule=cosine does not use" in caplog.text

@@ -98,10 +98,12 @@ def make_betas(name: str, num_timesteps: int, **settings: float) -> np.ndarray:
     make = choose("beta schedule", name, BETA_SCHEDULES, settings)
     if num_timesteps < 1:
         raise InputError(f"num_timesteps must be at least 1, found {num_timesteps}.")
-    return _checked_betas(make(num_timesteps))
+    with np.errstate(all="ignore"):  # what is not finite is reported below
+        betas = make(num_timesteps)
+    return _checked_betas(betas, (*BETA_SCHEDULES[name].settings, "num_timesteps"))
 
 
-def _checked_betas(betas: np.ndarray) -> np.ndarray:
+def _checked_betas(betas: np.ndarray, settings: tuple[str, ...] = ("betas",)) -> np.ndarray:
     betas = np.array(betas, np.float64)
     if betas.ndim != 1 or betas.size == 0:
         raise InputError(f"betas must be one-dimensional and not empty, found shape {betas.shape}.")
@@ -109,7 +111,7 @@ def _checked_betas(betas: np.ndarray) -> np.ndarray:
     if bad.size:
         raise InputError(
             f"Every beta must satisfy 0 < beta <= 1; found betas[{bad[0]}] = {betas[bad[0]]}. "
-            "Check the schedule's settings (beta_start, beta_end) and num_timesteps."
+            f"Check {', '.join(settings)}."
         )
     return betas
 

@@ -16,7 +16,7 @@ from ddpm_tf.convert.diffusers import load_diffusers, save_diffusers
 from ddpm_tf.convert.tf1 import TF1State, fields_of_kwargs, read_tf1_checkpoint, save_tf1_checkpoint, tf1_name
 from ddpm_tf.errors import InputError
 from ddpm_tf.experiment.inference import load_for_inference
-from ddpm_tf.experiment.run import read_config
+from ddpm_tf.experiment.run import read_run_config
 from ddpm_tf.networks import UNet
 from ddpm_tf.networks.contract import Network
 from ddpm_tf.storage.bundles import assign
@@ -141,7 +141,7 @@ def export_weights(workdir: str, to: str, out: str, *, ema: bool = True) -> str:
         count, step = inference.network.count_params(), inference.step
         kind = "moving average" if ema else "weights"
         return f"{count:,} parameters ({kind}) of step {step} as a UNet2DModel in {out}.\nUNet2DModel.from_pretrained({out!r})"
-    config = read_config(workdir)
+    config = read_run_config(workdir)
     _check_theta(config)
     step, tensors = read_newest(workdir)
 

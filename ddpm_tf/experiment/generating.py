@@ -1,17 +1,17 @@
 """Generating: a stream of batches of images, of which only one is in memory."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from ddpm_tf import images
-from ddpm_tf.errors import NumericsError
+from ddpm_tf.errors import InputError, NumericsError
 from ddpm_tf.networks.contract import Network
 from ddpm_tf.samplers import sample
 from ddpm_tf.samplers.base import Sampler
-from ddpm_tf.samplers.drawing import make_draw
+from ddpm_tf.samplers.drawing import check_conditions, make_draw
 
 
 class Batch(NamedTuple):
@@ -43,7 +43,7 @@ def generate(
     """Images from the seeds seed, seed + 1, ..., batch by batch.
 
     Args:
-        labels: int [num_images]; None: the classes in turn, if the network has classes.
+        labels: one integer or num_images of them; None: the classes in turn, if the network has classes.
         guidance: weight of classifier-free guidance; None: conditional.
         batch_size: images at once, on all replicas together.
         part: which of the images are wanted.
@@ -51,12 +51,30 @@ def generate(
 
     Raises:
         NumericsError: an image is not finite; the message names its seed and the first timestep at fault.
-        InputError: labels or guidance that do not fit the network.
+        InputError: numbers out of range, labels or guidance that do not fit the network; before anything is drawn.
     """
-    draw = make_draw(network, sampler, strategy)
+    if num_images < 1 or batch_size < 1 or not -(2**63) <= seed <= 2**63 - num_images:
+        raise InputError(
+            "num_images and batch_size must be at least 1, and all seeds within 64 bits, found "
+            f"{num_images}, {batch_size} and seed {seed}."
+        )
+    labels = labels_in_turn(network, num_images) if labels is None else labels
+    check_conditions(network, num_images, labels, guidance)
     seeds = seed + np.arange(num_images, dtype=np.int64)[part]
-    labels = labels_in_turn(network, num_images) if labels is None else np.asarray(labels)
-    labels = None if labels is None else labels[part]
+    labels = None if labels is None else np.broadcast_to(labels, (num_images,))[part]
+    draw = make_draw(network, sampler, strategy)
+    return _batches(draw, network, sampler, seeds, labels, guidance, batch_size)
+
+
+def _batches(
+    draw: Callable[..., np.ndarray],
+    network: Network,
+    sampler: Sampler,
+    seeds: np.ndarray,
+    labels: np.ndarray | None,
+    guidance: float | None,
+    batch_size: int,
+) -> Iterator[Batch]:
     for first in range(0, len(seeds), batch_size):
         rows = slice(first, first + batch_size)
         some_labels = None if labels is None else labels[rows]

@@ -12,7 +12,7 @@ from ddpm_tf import config as config_lib
 from ddpm_tf.cluster.strategy import configure_devices
 from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.errors import InputError
-from ddpm_tf.experiment.run import read_config
+from ddpm_tf.experiment.run import read_run_config
 from ddpm_tf.networks.contract import Network
 from ddpm_tf.samplers.base import Sampler
 from ddpm_tf.storage.bundles import assign
@@ -39,7 +39,7 @@ def load_for_inference(workdir: str, *, ema: bool = True, strategy: tf.distribut
     Raises:
         InputError: no such workdir, no checkpoint in it yet, or one that does not fit its config.
     """
-    return _load(read_config(workdir), workdir, ema, strategy)
+    return _load(read_run_config(workdir), workdir, ema, strategy)
 
 
 def _load(config: ConfigDict, workdir: str, ema: bool, strategy: tf.distribute.Strategy | None) -> Inference:
@@ -64,8 +64,8 @@ def with_sampling(config: ConfigDict, settings: Mapping[str, Any]) -> ConfigDict
     Raises:
         InputError: values that cannot be used.
     """
-    if settings.get("num_steps") == 0:
-        raise InputError("num_steps must be within 1..T, the trained chain; found 0.")
+    problems = (config_lib.type_problem("sample", name, value) for name, value in settings.items())
+    config_lib.refuse([problem for problem in problems if problem], "The request to draw")
     if settings.get("sampler", config.sample.sampler) != config.sample.sampler:
         config.sample.sampler = settings["sampler"]
         if config.sample.sampler in builders.TABLES["sample.sampler"]:
@@ -73,13 +73,11 @@ def with_sampling(config: ConfigDict, settings: Mapping[str, Any]) -> ConfigDict
     for name, value in settings.items():
         config.sample[name] = value
     config_lib.validate(config)
-    config_lib.refuse(
-        [
-            f"{field.path}={config_lib.get(config, field.path)}: {path}={config_lib.get(config, path)} has no such setting"
-            for field, path in builders.foreign_settings(config)
-        ],
-        "The sampling settings",
-    )
+    for field, path in builders.foreign_settings(config):
+        name, value = field.path.partition(".")[2], config_lib.get(config, field.path)
+        raise InputError(
+            f"--{name}={value} was given, but the sampler {config_lib.get(config, path)} has no such setting. Leave it out."
+        )
     return config
 
 
@@ -99,7 +97,7 @@ def load_sampler(
     Raises:
         InputError: as `load_for_inference` and `with_sampling`.
     """
-    config = with_sampling(read_config(workdir), settings or {})
+    config = with_sampling(read_run_config(workdir), settings or {})
     inference = _load(config, workdir, ema, strategy)
     s = config.sample
     sampler = builders.build_sampler(config, inference.diffusion)

@@ -14,7 +14,7 @@ from ddpm_tf import builders, files, text
 from ddpm_tf import config as config_lib
 from ddpm_tf.data.manifest import Manifest, difference
 from ddpm_tf.errors import InputError
-from ddpm_tf.experiment.run import Run, StartOptions, read_config
+from ddpm_tf.experiment.run import Run, StartOptions, read_run_config
 from ddpm_tf.storage import checkpoints
 from ddpm_tf.storage import workdir as workdir_lib
 from ddpm_tf.storage.bundles import assign
@@ -45,7 +45,7 @@ def check_workdir(config: ConfigDict, workdir: str, *, restart: bool = False) ->
         raise InputError(f"--workdir={workdir} is a file; expected a folder.")
     if os.path.exists(workdir_lib.config_path(workdir)):
         if not restart:
-            check_same_run(read_config(workdir), config, f"--workdir={workdir}")
+            check_same_run(read_run_config(workdir), config, f"--workdir={workdir}")
         return
     if checkpoints.list_steps(workdir_lib.checkpoints_folder(workdir)) and not restart:
         raise InputError(f"--workdir={workdir} has checkpoints but no config.json; restore it or use another workdir.")
@@ -92,9 +92,8 @@ def restore(run: Run, model: DiffusionModel, initial: InitialWeights | None = No
         return 0
     step, tensors = latest
     meta, origin = checkpoints.read_meta(folder, step), f"The checkpoint of step {step} in {run.workdir}"
-    if "config" in meta:
-        # config.json said already what the fields mean that an older version lacks.
-        old = config_lib.from_json(json.dumps(meta["config"]), origin, version=meta.get("version"), log=logging.debug)
+    old = workdir_lib.check_meta(meta, origin)
+    if old is not None:
         check_same_run(builders.without_foreign_settings(old, origin), run.config, origin)
     _check_exact(meta.get("fingerprint"), run.fingerprint, step, run.options)
     assign(variables, _with_ema(tensors, run.options, origin), origin)

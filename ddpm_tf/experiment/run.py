@@ -73,7 +73,7 @@ class Run:
         return workdir_lib.checkpoints_folder(self.workdir)
 
 
-def read_config(workdir: str, *, flag: str = "--workdir") -> ConfigDict:
+def read_run_config(workdir: str, *, flag: str = "--workdir") -> ConfigDict:
     """The config of a workdir, in which settings that play no part are at their defaults; `flag` named the workdir.
 
     Raises:

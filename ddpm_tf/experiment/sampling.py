@@ -10,6 +10,7 @@ from absl import logging
 from tqdm import tqdm
 
 from ddpm_tf import __version__
+from ddpm_tf import config as config_lib
 from ddpm_tf.cluster.strategy import configure_devices, make_strategy
 from ddpm_tf.experiment.generating import generate, labels_in_turn
 from ddpm_tf.experiment.inference import Inference, load_sampler
@@ -52,7 +53,7 @@ def sample_images(
     strategy, _ = make_strategy("mirrored" if num_gpus > 1 else "default")
     inference, sampler = load_sampler(workdir, ema=ema, settings=settings, strategy=strategy)
     s, network = inference.config.sample, inference.network
-    record = _record(inference, sampler, ema, png)
+    record = _record(inference, sampler, ema, png, strategy.num_replicas_in_sync)
     out = out or _new_folder(workdir, inference, sampler, ema, record)
     logging.info("Sampling %d images with %s, %d steps.", s.num_images, s.sampler, sampler.num_steps)
     labels = labels_in_turn(network, s.num_images)
@@ -77,16 +78,18 @@ def sample_images(
     return out
 
 
-def _record(inference: Inference, sampler: Sampler, ema: bool, png: bool) -> dict[str, Any]:
+def _record(inference: Inference, sampler: Sampler, ema: bool, png: bool, replicas: int) -> dict[str, Any]:
     """All that the folder's files depend on, as JSON can hold it."""
     return {
         "ddpm_tf": __version__,
+        "config_sha256": config_lib.digest(inference.config),
         "training_step": inference.step,
         "weights": "moving average" if ema else "weights",
         "weights_sha256": weights_digest(inference.network),
         **inference.config.sample.to_dict(),
         "num_steps": sampler.num_steps,
         "png": png,
+        "replicas": replicas,
     }
 
 

@@ -28,7 +28,7 @@ from ddpm_tf.errors import (
 from ddpm_tf.experiment.callbacks import RunCallbacks, make_callbacks
 from ddpm_tf.experiment.grids import grid_path
 from ddpm_tf.experiment.resume import check_data, check_workdir, load_initial, move_away, restore
-from ddpm_tf.experiment.run import Run, StartOptions, read_config
+from ddpm_tf.experiment.run import Run, StartOptions, read_run_config
 from ddpm_tf.storage import checkpoint_folder, checkpoints
 from ddpm_tf.storage import workdir as workdir_lib
 from ddpm_tf.storage.fingerprint import code_digest
@@ -121,7 +121,7 @@ def _is_finished(config: ConfigDict, workdir: str, options: StartOptions) -> boo
     workdir_lib.check_writable(workdir)
     check_workdir(config, workdir, restart=options.restart_from_scratch)
     if options.init_from:
-        read_config(options.init_from, flag="--init_from")
+        read_run_config(options.init_from, flag="--init_from")
     folder = workdir_lib.checkpoints_folder(workdir)
     steps = [] if options.restart_from_scratch else checkpoints.list_steps(folder)
     if not steps or steps[-1] < config.train.num_steps or not os.path.exists(grid_path(workdir, steps[-1])):

@@ -51,6 +51,8 @@ def open_folder(path: str, settings: dict[str, Any], image_shape: tuple[int, ...
         InputError: a folder of something else, or one of other settings; the message says what differs.
         WorkdirError: a folder that cannot be written to, or that another process writes to.
     """
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise InputError(f"--out={path} exists and is not a folder. Choose another.")
     try:
         os.makedirs(path, exist_ok=True)
         lock = contextlib.ExitStack()
@@ -66,13 +68,17 @@ def open_folder(path: str, settings: dict[str, Any], image_shape: tuple[int, ...
                 raise InputError(
                     f"--out={path} exists and is not an empty folder. Nothing is written over: choose another, or remove it."
                 )
-            files.write_text(os.path.join(path, _SETTINGS), json.dumps(settings, indent=2) + "\n")
+            try:
+                files.write_text(os.path.join(path, _SETTINGS), json.dumps(settings, indent=2) + "\n")
+            except OSError as e:
+                raise WorkdirError(f"--out={path} cannot be written to: {e}. Choose another.") from e
         elif earlier != settings:
             names = [n for n in {**earlier, **settings} if earlier.get(n) != settings.get(n)]
             rows = [(n, earlier.get(n), settings.get(n)) for n in names]
             table = text.table(rows, header=("setting", "in the folder", "now")).replace("\n", "\n  ")
             raise InputError(
-                f"--out={path} was begun with other settings:\n  {table}\nUse the same settings, or another folder."
+                f"--out={path} was begun with other settings:\n  {table}\nUse the same "
+                "settings and the same checkpoint, or another folder."
             )
         yield SampleFolder(path, settings, image_shape)
 

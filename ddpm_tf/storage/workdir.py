@@ -1,11 +1,14 @@
 """Workdirs: the folder of a run, with config.json, data.json, metrics.jsonl, ckpt/, samples/ and tensorboard/."""
 
 import contextlib
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from ddpm_tf import config as config_lib
@@ -56,7 +59,21 @@ def read_newest(workdir: str) -> tuple[int, dict[str, np.ndarray]]:
     latest = checkpoints.restore_latest(folder)
     if latest is None:
         raise InputError(f"There is no checkpoint in {folder} yet. Train longer, or lower train.checkpoint_every.")
+    with contextlib.suppress(FileNotFoundError):  # a trainer may have deleted it since
+        check_meta(checkpoints.read_meta(folder, latest[0]), f"The checkpoint of step {latest[0]} in {workdir}")
     return latest
+
+
+def check_meta(meta: Mapping[str, Any], origin: str) -> ConfigDict | None:
+    """The config in a checkpoint's meta.json, if there is one.
+
+    Raises:
+        InputError: it has fields that this version does not know.
+    """
+    if "config" not in meta:
+        return None
+    # config.json says already what the fields mean that an older version lacks.
+    return config_lib.from_json(json.dumps(meta["config"]), origin, version=meta.get("version"), log=logging.debug)
 
 
 @contextlib.contextmanager

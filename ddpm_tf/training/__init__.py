@@ -1,1 +1,1 @@
-"""Training: the Keras model with its train_step, and what surrounds `fit`."""
+"""Training: the Keras model with its train_step, its objective, its optimizers."""

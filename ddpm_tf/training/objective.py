@@ -45,6 +45,7 @@ class Objective:
     """
 
     LOGS = diagnostics.QUARTER_LOGS
+    SUMS_SHAPE = (3, diagnostics.QUARTERS)
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class Objective:
         return Computed(self.loss(self.diffusion, output, x_0=x_0, x_t=x_t, t=t, eps=eps), output, x_t, t)  # Eq. 14
 
     def sums(self, x_0: tf.Tensor, computed: Computed) -> tf.Tensor:
-        """Sums over the batch from which `logs` are made, float32 [3, 4]; sums of parts of a batch may be added."""
+        """Sums over the batch from which `logs` are made, float32 SUMS_SHAPE; sums of parts of a batch may be added."""
         losses, output, x_t, t = computed
         return diagnostics.quarter_sums(self.diffusion, output, losses, x_0=x_0, x_t=x_t, t=t)
 

@@ -218,7 +218,7 @@ class DiffusionModel(keras.Model):
             return k + 1, loss + more_loss / parts, sums + more_sums, *summed
 
         zeros = [tf.zeros(v.shape) for v in self.network.trainable_variables]
-        begin = (0, tf.constant(0.0), tf.zeros([3, diagnostics.QUARTERS]), *zeros)
+        begin = (0, tf.constant(0.0), tf.zeros(self.objective.SUMS_SHAPE), *zeros)
         _, loss, sums, *gradients = tf.while_loop(lambda k, *_: k < parts, body, begin, parallel_iterations=1)
         return loss, sums, gradients
 

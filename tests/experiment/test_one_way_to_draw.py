@@ -162,3 +162,23 @@ def test_interpolation_takes_labels_and_guidance(network, sampler):
 def test_conditions_that_cannot_be_are_refused(network, sampler, kwargs, message):
     with pytest.raises(InputError, match=message):
         sample(network, sampler, SEEDS, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_images": 0}, "num_images and batch_size must be at least 1"),
+        ({"batch_size": 0}, "num_images and batch_size must be at least 1"),
+        ({"seed": 2**63 - 1}, "all seeds within 64 bits"),
+        ({"labels": [0, 1]}, "one integer or 3 of them"),
+        ({"labels": [0, 1, 9]}, "labels must be within 0..3"),
+    ],
+)
+def test_generate_refuses_before_it_draws(network, sampler, kwargs, message):
+    with pytest.raises(InputError, match=message):
+        generate(network, sampler, **{"num_images": 3, "batch_size": 2} | kwargs)
+
+
+def test_generate_takes_one_label_for_all(network, sampler):
+    (batch,) = generate(network, sampler, num_images=3, labels=1)
+    assert batch.labels.tolist() == [1, 1, 1]

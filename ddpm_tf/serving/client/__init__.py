@@ -19,7 +19,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ddpm_tf.errors import InputError, unknown_name
+from ddpm_tf.serving.client.pictures import save_pngs
 from ddpm_tf.serving.transports import TRANSPORTS, ServerError, SignatureInfo, VersionStatus
+
+__all__ = ["Client", "Step", "save_pngs"]
 
 _LONGEST_PAUSE_S = 5.0
 _LONGEST_DEADLINE_S = 1e6

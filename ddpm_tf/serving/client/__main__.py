@@ -1,41 +1,16 @@
 """The client's command line: python -m ddpm_tf.serving.client."""
 
 import argparse
-import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from ddpm_tf import files
 from ddpm_tf import images as images_lib
-from ddpm_tf.errors import InputError, RunError, StorageError, WorkdirError, storage_advice
+from ddpm_tf.errors import InputError, RunError
 from ddpm_tf.serving.client import Client
+from ddpm_tf.serving.client.pictures import make_new_folder, save_pngs
 from ddpm_tf.serving.transports import TRANSPORTS
-
-
-def save_pngs(folder: str, seeds: Iterable[int], images: np.ndarray) -> None:
-    """Write seed_NNNNNN.png for each image of uint8 [N, H, W, C], and grid.png of the first 256, into a new or empty folder."""
-    _make_new_folder(folder)
-    try:
-        for seed, image in zip(seeds, images, strict=True):
-            _save_png(os.path.join(folder, f"seed_{seed:06d}.png"), image)
-        _save_png(os.path.join(folder, "grid.png"), images_lib.picture(images[:256]))
-    except OSError as e:
-        raise StorageError(f"--out={folder} cannot be written: {e}. {storage_advice(e)}") from e
-
-
-def _save_png(path: str, image: np.ndarray) -> None:
-    with files.atomic_file(path, "wb", sync=False) as f:
-        f.write(images_lib.png_bytes(image))
-
-
-def _make_new_folder(folder: str) -> None:
-    files.check_new_folder(folder, "--out")
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as e:
-        raise WorkdirError(f"--out={folder} cannot be made: {e}. Choose another.") from e
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -120,7 +95,7 @@ def _print_status(client: Client) -> None:
 def _draw(client: Client, args: argparse.Namespace) -> None:
     if args.num_images < 1:
         raise InputError(f"--num_images must be at least 1, found {args.num_images}.")
-    _make_new_folder(args.out)
+    make_new_folder(args.out)
     seeds = range(args.seed, args.seed + args.num_images)
     labels = None if args.labels is None else np.resize(args.labels, args.num_images)
     conditions = {"labels": labels, "guidance_scale": args.guidance_scale}
