@@ -92,7 +92,7 @@ FIELDS = (
     Field("optimizer.beta_2", 0.999, _FIXED, "Adam's decay of the second moment."),
     Field("optimizer.epsilon", 1e-8, _FIXED, "Epsilon of the optimizer."),
     Field("sample.sampler", "ddpm", _FREE, "ddpm (ancestral) or ddim."),
-    Field("sample.num_steps", 0, _FREE, "Sampling steps S, 1..T; 0: T, the length of the trained chain."),
+    Field("sample.num_steps", 0, _FREE, "Sampling steps S, 1..T (the trained chain); 0 in a config: T."),
     Field("sample.spacing", "uniform", _FREE, "Visited timesteps: uniform, quad, linspace, trailing or guide."),
     Field("sample.eta", 0.0, _FREE, "DDIM's noise, 0..1."),
     Field("sample.clip", True, _FREE, "Clip the predicted x_0 to [-1, 1] (DDIM's published figures: off)."),

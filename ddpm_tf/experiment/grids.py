@@ -44,6 +44,12 @@ class Grids:
     def draw(self, step: int) -> dict[str, np.ndarray]:
         """{network: uint8 [N, H, W, C]}: this worker's part of the images. It does not talk to other workers."""
         s = self.run.config.sample
+        logging.info(
+            "Drawing two grids of %d images, %s with %d steps; this takes a while.",
+            s.num_images,
+            s.sampler,
+            self.sampler.num_steps,
+        )
         if not self.is_float32:
             self.networks["raw"].set_weights(self.model.network.get_weights())
         tf.config.experimental.enable_tensor_float_32_execution(False)

@@ -64,6 +64,8 @@ def with_sampling(config: ConfigDict, settings: Mapping[str, Any]) -> ConfigDict
     Raises:
         InputError: values that cannot be used.
     """
+    if settings.get("num_steps") == 0:
+        raise InputError("num_steps must be within 1..T, the trained chain; found 0.")
     problems = (config_lib.type_problem("sample", name, value) for name, value in settings.items())
     config_lib.refuse([problem for problem in problems if problem], "The request to draw")
     if settings.get("sampler", config.sample.sampler) != config.sample.sampler:
