@@ -63,6 +63,7 @@ FIELDS = (
     Field("network.block_size", 1, _FIXED, "Side of the pixel blocks that become channels, pixels; above 1 saves memory."),
     Field("network.remat", False, _FREE, "Compute activations again for the gradient: less memory, more time.", False),
     Field("network.theta", 10000.0, _FIXED, "Base of the time embedding's frequencies theta^(-k/(K-1)).", 10000.0),
+    Field("network.num_groups", 32, _FIXED, "Groups of the group normalisations; at least 2 channels in each.", 32),
     Field("train.num_steps", 800_000, _FREE, "Training ends after this many steps."),
     Field("train.log_every", 100, _FREE, "Interval of metrics.jsonl rows, steps; 0: never."),
     Field("train.checkpoint_every", 5000, _FREE, "Interval of checkpoints, steps; 0: only at the end."),
@@ -107,8 +108,8 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 _RANGES = {
     "at least 1": (lambda v: v >= 1, (
         "data.image_size", "data.batch_size", "diffusion.num_timesteps", "network.ch", "network.num_res_blocks",
-        "network.block_size", "train.num_steps", "train.keep_checkpoints", "train.max_skipped_steps", "train.micro_batches",
-        "train.steps_per_execution", "sample.num_images", "sample.batch_size",
+        "network.block_size", "network.num_groups", "train.num_steps", "train.keep_checkpoints", "train.max_skipped_steps",
+        "train.micro_batches", "train.steps_per_execution", "sample.num_images", "sample.batch_size",
     )),
     "at least 0": (lambda v: v >= 0, (
         "data.image_width", "train.log_every", "train.checkpoint_every", "train.sample_every", "sample.num_steps",

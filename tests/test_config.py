@@ -58,6 +58,7 @@ OUT_OF_RANGE = {
     "network.dropout": [-0.1, 1.0],
     "network.block_size": [0, 3],
     "network.theta": [1.0],
+    "network.num_groups": [0],
     "train.num_steps": [0],
     "train.log_every": [-1],
     "train.checkpoint_every": [-1],

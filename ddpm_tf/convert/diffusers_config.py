@@ -14,7 +14,6 @@ _FIXED = {
     "flip_sin_to_cos": (False, True),
     "freq_shift": (1, 0),
     "norm_eps": (_NORM_EPS, 1e-5),
-    "norm_num_groups": (32, 32),
     "act_fn": ("silu", "silu"),
     "center_input_sample": (False, False),
     "time_embedding_type": ("positional", "positional"),
@@ -58,6 +57,7 @@ def read_architecture(path: str) -> dict[str, Any]:
         "num_res_blocks": _count("layers_per_block", config.get("layers_per_block", 2), path),
         "attn_resolutions": tuple(height >> level for level in range(len(channels)) if has_attn[level]),
         "dropout": float(dropout),
+        "num_groups": _count("norm_num_groups", config.get("norm_num_groups", 32), path),
     }
 
 
@@ -86,6 +86,7 @@ def describe_architecture(network: UNet) -> dict[str, Any]:
         "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in has_attn],
         "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(has_attn)],
         "dropout": network.dropout,
+        "norm_num_groups": network.num_groups,
         **{key: value for key, (value, _) in _FIXED.items()},
     }
 

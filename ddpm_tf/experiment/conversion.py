@@ -41,7 +41,7 @@ def import_tf1(checkpoint: str, config: ConfigDict, workdir: str, *, reference: 
     config_lib.validate(config)
     configure_devices()
     files.check_new_folder(workdir, "--workdir")
-    _check_theta(config)
+    _check_release(config)
     _check_kwargs(config, os.path.join(os.path.dirname(checkpoint), "kwargs.json"))
     model = builders.build_model(config, tf.distribute.get_strategy())
     variables = model.state()
@@ -142,7 +142,7 @@ def export_weights(workdir: str, to: str, out: str, *, ema: bool = True) -> str:
         kind = "moving average" if ema else "weights"
         return f"{count:,} parameters ({kind}) of step {step} as a UNet2DModel in {out}.\nUNet2DModel.from_pretrained({out!r})"
     config = read_run_config(workdir)
-    _check_theta(config)
+    _check_release(config)
     step, tensors = read_newest(workdir)
 
     def group(prefix: str) -> dict[str, np.ndarray]:
@@ -159,10 +159,11 @@ def export_weights(workdir: str, to: str, out: str, *, ema: bool = True) -> str:
     return f"{len(state.weights)} weights, {kinds} of step {step} in {out}.index and .data.{left_out}"
 
 
-def _check_theta(config: ConfigDict) -> None:
-    """The release has no setting for the time embedding's base, and its checkpoints do not hold it."""
-    if config.network.theta != 10000:
-        raise InputError(f"The original release computes with network.theta=10000, found {config.network.theta}.")
+def _check_release(config: ConfigDict) -> None:
+    """The release has no setting for the time embedding's base or the groups, and its checkpoints do not hold them."""
+    for field, value in (("network.theta", 10000), ("network.num_groups", 32)):
+        if (actual := config_lib.get(config, field)) != value:
+            raise InputError(f"The original release computes with {field}={value}; the config has {actual}.")
 
 
 def _check_kwargs(config: ConfigDict, path: str) -> None:
@@ -218,6 +219,7 @@ def _config_of_network(network: UNet) -> dict[str, Any]:
         "network.block_size": network.block_size,
         "network.resamp_with_conv": network.resamp_with_conv,
         "network.theta": network.theta,
+        "network.num_groups": network.num_groups,
     }
 
 

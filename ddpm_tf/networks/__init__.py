@@ -10,7 +10,7 @@ NETWORKS = {
         UNet,
         (
             "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "dropout", "resamp_with_conv", "block_size", "remat",
-            "theta",
+            "theta", "num_groups",
         ),
     )
 }  # fmt: skip

@@ -11,7 +11,6 @@ from keras import ops
 
 from ddpm_tf import rng
 
-GROUPS = 32
 # Original: an init scale of 0 means 1e-10; Keras refuses 0.
 ZERO_SCALE = 1e-10
 
@@ -54,11 +53,12 @@ class Block(keras.layers.Layer):
         name: unique in the network; sublayer `conv1` of block `down_0.block_0` is drawn from
             (seed, "down_0.block_0/conv1").
         dtype: Keras dtype or policy.
+        num_groups: of the block's group normalisations.
     """
 
-    def __init__(self, *, seed: int, name: str, dtype: Any) -> None:
+    def __init__(self, *, seed: int, name: str, dtype: Any, num_groups: int = 32) -> None:
         super().__init__(name=name, dtype=dtype)
-        self.seed = seed
+        self.seed, self.num_groups = seed, num_groups
 
     def _init(self, sublayer: str, scale: float = 1.0) -> keras.initializers.Initializer:
         return initializer(self.seed, f"{self.name}/{sublayer}", scale)
@@ -78,7 +78,7 @@ class Block(keras.layers.Layer):
         return keras.layers.Dense(ch, name=name, dtype=self.dtype_policy, kernel_initializer=self._init(name, scale))
 
     def norm(self, name: str) -> keras.layers.GroupNormalization:
-        return keras.layers.GroupNormalization(GROUPS, epsilon=1e-6, name=name, dtype=self.dtype_policy)
+        return keras.layers.GroupNormalization(self.num_groups, epsilon=1e-6, name=name, dtype=self.dtype_policy)
 
 
 class TimeEmbedding(Block):
@@ -112,10 +112,14 @@ class ResBlock(Block):
         in_ch, ch: channels of input and output; a 1x1 shortcut is made when they differ.
         dropout: rate; the mask is drawn statelessly from `dropout_seed` and `index`.
         index: position of this block in the network, so that no two masks are the same.
+        num_groups: must be below `ch`. norm2 subtracts the mean over each group, pixels included. In a group of one
+            channel, that mean holds all of what temb added, since temb adds the same number to every pixel.
     """
 
-    def __init__(self, in_ch: int, ch: int, *, dropout: float, index: int, seed: int, name: str, dtype: Any) -> None:
-        super().__init__(seed=seed, name=name, dtype=dtype)
+    def __init__(
+        self, in_ch: int, ch: int, *, dropout: float, index: int, seed: int, name: str, dtype: Any, num_groups: int
+    ) -> None:
+        super().__init__(seed=seed, name=name, dtype=dtype, num_groups=num_groups)
         self.ch, self.dropout, self.index = ch, dropout, index
         self.norm1, self.conv1 = self.norm("norm1"), self.conv("conv1", ch)
         self.temb_proj = self.dense("temb_proj", ch)
@@ -136,8 +140,8 @@ class ResBlock(Block):
 class AttnBlock(Block):
     """Self-attention over the H W positions, one head, with a residual connection (proj_out: zero init)."""
 
-    def __init__(self, ch: int, *, seed: int, name: str, dtype: Any) -> None:
-        super().__init__(seed=seed, name=name, dtype=dtype)
+    def __init__(self, ch: int, *, seed: int, name: str, dtype: Any, num_groups: int) -> None:
+        super().__init__(seed=seed, name=name, dtype=dtype, num_groups=num_groups)
         self.ch = ch
         self.norm_in = self.norm("norm")
         self.q, self.k, self.v = (self.dense(n, ch) for n in "qkv")

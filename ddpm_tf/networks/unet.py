@@ -1,15 +1,16 @@
 """The U-Net of Ho et al. 2020 (appendix B): 35.7 M parameters for CIFAR-10, 114 M for 256x256."""
 
+import functools
 import math
 from typing import Any
 
 import keras
 import tensorflow as tf
+from absl import logging
 
 from ddpm_tf.errors import InputError
 from ddpm_tf.networks.contract import Inputs
 from ddpm_tf.networks.layers import (
-    GROUPS,
     ZERO_SCALE,
     AttnBlock,
     Downsample,
@@ -28,7 +29,7 @@ class UNet(keras.Model):
     Args:
         image_shape: (H, W, C); C >= 1, H and W divisible by 2^(levels - 1), not necessarily equal.
         out_channels: channels of the output; None: C.
-        ch: channels of the first level, a multiple of 32 (the normalisation groups).
+        ch: channels of the first level, a multiple of `num_groups`.
         ch_mult: factor of `ch` per level.
         num_res_blocks: residual blocks per level on the way down (one more on the way up).
         attn_resolutions: heights at which every residual block is followed by self-attention.
@@ -39,6 +40,9 @@ class UNet(keras.Model):
         num_classes: number of labels 0 .. num_classes - 1 of a class-conditional network, which also takes the null
             label num_classes; None: unconditional.
         theta: base of the time embedding's frequencies, above 1; the paper's is 10000.
+        num_groups: groups of every group normalisation; the paper's is 32. Choose it so that every level has at least two
+            channels per group. A block whose groups have one channel each does not see t or the label: its normalisation
+            subtracts what they added. Such a network is made, with a warning, so that older weights can still be read.
         remat: gradient checkpointing: the activations inside residual and attention blocks are not kept for the gradient
             but computed again. Less memory, more time; the same loss and gradients but for rounding.
         seed: of the initial weights.
@@ -49,7 +53,7 @@ class UNet(keras.Model):
     needed only when training with dropout > 0.
 
     Raises:
-        InputError: sizes that the levels do not divide, channels that 32 groups do not divide, attention at
+        InputError: sizes that the levels do not divide, channels that the groups do not divide, attention at
             a height that no level has, a dropout rate outside [0, 1), theta of 1 or less.
     """
 
@@ -67,6 +71,7 @@ class UNet(keras.Model):
         num_classes: int | None = None,
         block_size: int = 1,
         theta: float = 10000.0,
+        num_groups: int = 32,
         remat: bool = False,
         seed: int = 0,
         dtype: Any = None,
@@ -80,7 +85,8 @@ class UNet(keras.Model):
         self.ch, self.ch_mult, self.num_res_blocks = ch, tuple(ch_mult), num_res_blocks
         self.attn_resolutions, self.dropout = tuple(attn_resolutions), dropout
         self.resamp_with_conv, self.num_classes = resamp_with_conv, num_classes
-        self.block_size, self.theta, self.remat, self.seed = block_size, theta, remat, seed
+        self.block_size, self.theta, self.num_groups = block_size, theta, num_groups
+        self.remat, self.seed = remat, seed
         self.check(
             self.image_shape,
             ch=ch,
@@ -90,7 +96,9 @@ class UNet(keras.Model):
             dropout=dropout,
             block_size=block_size,
             theta=theta,
+            num_groups=num_groups,
         )
+        warn_of_single_channels(ch * min(self.ch_mult), num_groups)
         if self.out_channels < 1:
             raise InputError(f"out_channels must be at least 1, found {self.out_channels}.")
         self._make_layers()
@@ -114,6 +122,7 @@ class UNet(keras.Model):
         dropout: float,
         block_size: int,
         theta: float = 10000.0,
+        num_groups: int = 32,
         resamp_with_conv: bool = True,
         remat: bool = False,
     ) -> None:
@@ -125,7 +134,8 @@ class UNet(keras.Model):
         height, width, _ = image_shape
         if not ch_mult or any(not isinstance(m, int) or m < 1 for m in ch_mult):
             raise InputError(f"ch_mult must be positive integers, one per level, found {ch_mult}.")
-        for name, value in (("ch", ch), ("num_res_blocks", num_res_blocks), ("block_size", block_size)):
+        counts = {"ch": ch, "num_res_blocks": num_res_blocks, "block_size": block_size, "num_groups": num_groups}
+        for name, value in counts.items():
             if value < 1:
                 raise InputError(f"{name} must be at least 1, found {value}.")
         if not 1 < theta < math.inf:
@@ -138,12 +148,13 @@ class UNet(keras.Model):
                 f"width must be multiples of {factor}. Change the image size, ch_mult (it has {len(ch_mult)} levels)"
                 f"{' or block_size' if block_size > 1 else ''}."
             )
-        bad = [ch * m for m in ch_mult if ch * m % GROUPS] + [ch] * (ch % GROUPS > 0)
-        if bad:
+        if ch % num_groups:
             raise InputError(
-                f"ch times ch_mult gives {bad[0]} channels, which {GROUPS} normalisation groups do "
-                f"not divide; use multiples of {GROUPS}."
+                f"num_groups={num_groups} normalisation groups do not divide ch={ch} channels; use a multiple of "
+                f"{num_groups} for ch, or fewer groups."
             )
+        if ch < 4:
+            raise InputError(f"ch must be at least 4, since the time embedding has ch/2 frequencies; found {ch}.")
         heights = [height // block_size >> level for level in range(len(ch_mult))]
         missing = [r for r in attn_resolutions if r not in heights]
         if missing:
@@ -154,15 +165,16 @@ class UNet(keras.Model):
     def _make_layers(self) -> None:
         """One list of steps per path: ("res" | "attn" | "resample", layer), in the order of the original."""
         common = {"seed": self.seed, "dtype": self.dtype_policy}
+        grouped = {**common, "num_groups": self.num_groups}
         levels = len(self.ch_mult)
         self._num_blocks = 0
 
         def res(name: str, in_ch: int, ch: int) -> ResBlock:
             self._num_blocks += 1
-            return ResBlock(in_ch, ch, dropout=self.dropout, index=self._num_blocks, name=name, **common)
+            return ResBlock(in_ch, ch, dropout=self.dropout, index=self._num_blocks, name=name, **grouped)
 
         def attn(name: str, ch: int) -> AttnBlock:
-            return AttnBlock(ch, name=name, **common)
+            return AttnBlock(ch, name=name, **grouped)
 
         def has_attn(level: int) -> bool:
             return self.image_shape[0] // self.block_size >> level in self.attn_resolutions
@@ -193,7 +205,9 @@ class UNet(keras.Model):
             if i > 0:
                 self.up.append(Upsample(ch, with_conv=self.resamp_with_conv, name=f"up_{i}.upsample", **common))
         assert not skips
-        self.norm_out = keras.layers.GroupNormalization(GROUPS, epsilon=1e-6, name="norm_out", dtype=self.dtype_policy)
+        self.norm_out = keras.layers.GroupNormalization(
+            self.num_groups, epsilon=1e-6, name="norm_out", dtype=self.dtype_policy
+        )
         self.conv_out = self._conv("conv_out", self.out_channels * self.block_size**2, ZERO_SCALE)
 
     def _conv(self, name: str, ch: int, scale: float = 1.0) -> keras.layers.Conv2D:
@@ -248,9 +262,23 @@ class UNet(keras.Model):
             "num_classes": self.num_classes,
             "block_size": self.block_size,
             "theta": self.theta,
+            "num_groups": self.num_groups,
             "remat": self.remat,
             "seed": self.seed,
             "dtype": keras.saving.serialize_keras_object(self.dtype_policy),
             "name": self.name,
             "trainable": self.trainable,
         }
+
+
+@functools.cache  # said once, though a trainer makes two networks
+def warn_of_single_channels(ch: int, num_groups: int) -> None:
+    """Log that blocks of `ch` channels do not see t, if their groups have one channel each."""
+    if ch == num_groups:
+        logging.warning(
+            "Blocks of %d channels with num_groups=%d do not see the timestep or the label: a normalisation group of one "
+            "channel subtracts what they added. For a new network choose num_groups=%d or fewer.",
+            ch,
+            num_groups,
+            max(1, ch // 4),
+        )

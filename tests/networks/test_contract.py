@@ -7,11 +7,16 @@ import tensorflow as tf
 
 from ddpm_tf.errors import InputError
 from ddpm_tf.networks import NETWORKS
+from tests.conftest import drawn_weight, tf1_name
 
 SHAPE, BATCH = (8, 8, 3), 3
-# The smallest that each network can be, with a dropout that shows.
-SMALL = {"unet": {"ch": 32, "ch_mult": (1,), "num_res_blocks": 1, "attn_resolutions": (8,), "dropout": 0.5}}
-BAD = {"unet": {"ch": 48}}
+# The smallest that each network may be without a warning, with a dropout that shows.
+SMALL = {
+    "unet": {"ch": 4, "num_groups": 2, "ch_mult": (1,), "num_res_blocks": 1, "attn_resolutions": (8,), "dropout": 0.5}
+}
+BAD = {"unet": {"ch": 5}}
+# The weights by which each block of a network takes the time and the label.
+CONDITIONING = {"unet": "temb_proj"}
 
 
 @pytest.fixture(scope="module", params=sorted(NETWORKS))
@@ -22,9 +27,9 @@ def name(request):
 @pytest.fixture(scope="module", params=[None, 5])
 def network(request, name):
     network = NETWORKS[name].build(SHAPE, num_classes=request.param, out_channels=6, seed=1, **SMALL[name])
-    rng = np.random.Generator(np.random.PCG64(0))
     network.initial_output = call(network)
-    network.set_weights([0.1 * rng.standard_normal(w.shape) for w in network.get_weights()])
+    for v in network.variables:
+        v.assign(drawn_weight(tf1_name(v.path), v.shape, seed=0))  # so that everything plays a part
     return network
 
 
@@ -62,6 +67,26 @@ def test_its_output_depends_on_image_and_label_of_the_same_example_alone(network
     if network.num_classes is not None:
         assert network.num_classes == 5
         assert call(network, labels=np.array([5, 5, 5], np.int32)).shape == output.shape  # the null class
+
+
+def test_every_block_alone_moves_the_output_with_t_and_label(network, name):
+    """All blocks but one are cut off from time and label; t of two examples is exchanged, and then their labels."""
+    weights = [v for v in network.variables if CONDITIONING[name] in v.path and v.path.endswith("kernel")]
+    blocks = {v.path: v.numpy() for v in weights}
+    assert len(blocks) >= 4  # down, two in the middle, up
+    other_t, other_labels = np.array([999, 1, 0], np.int32), np.array([1, 0, 5], np.int32)
+    try:
+        for kept in weights:
+            for v in weights:
+                v.assign(blocks[v.path] * (v is kept))
+            # A residual block adds to its input, so the effect of one is small; without any it would be 0 or 1e-6.
+            output = call(network)
+            assert np.abs(call(network, t=other_t) - output)[[0, 2]].max() > 1e-3 * output.std(), kept.path
+            if network.num_classes is not None:
+                assert np.abs(call(network, labels=other_labels) - output)[:2].max() > 1e-3 * output.std(), kept.path
+    finally:
+        for v in weights:
+            v.assign(blocks[v.path])
 
 
 def test_its_config_is_a_round_trip(network):

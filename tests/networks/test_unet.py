@@ -10,6 +10,7 @@ import tensorflow as tf
 from ddpm_tf.errors import InputError
 from ddpm_tf.networks import UNet
 from ddpm_tf.networks.layers import stateless_dropout, timestep_embedding
+from ddpm_tf.networks.unet import warn_of_single_channels
 from tests.conftest import tf1_name
 
 SMALLEST = {"ch": 32, "ch_mult": (1,), "num_res_blocks": 1, "attn_resolutions": ()}
@@ -126,7 +127,7 @@ def test_dropout_keeps_the_mean_and_differs_between_layers():
         ((30, 30, 3), {}, "multiples of 8"),
         ((32, 30, 3), {}, "multiples of 8"),
         ((40, 40, 3), {"block_size": 2}, "cut into 2x2 blocks and halved 3 times.*multiples of 16"),
-        ((32, 32, 3), {"ch": 48}, "48 channels, which 32"),
+        ((32, 32, 3), {"ch": 48}, "num_groups=32 .* do not divide ch=48"),
         ((32, 32, 3), {"attn_resolutions": (7,)}, r"height 7, but the levels have heights \[32, 16, 8, 4\]"),
         ((32, 32, 3), {"dropout": 1.0}, r"within \[0, 1\), found 1.0"),
     ],
@@ -243,3 +244,12 @@ def test_remat_lowers_the_memory_of_a_step(jit_compile):
     if not kept:
         pytest.skip("this TensorFlow does not count the memory of a CPU")
     assert recomputed < 0.7 * kept
+
+
+def test_groups_of_one_channel_are_made_with_a_warning(caplog):
+    warn_of_single_channels.cache_clear()
+    small = {"ch_mult": (1,), "num_res_blocks": 1, "attn_resolutions": ()}
+    UNet((8, 8, 1), ch=8, num_groups=4, **small)
+    assert not caplog.records
+    UNet((8, 8, 1), ch=8, num_groups=8, **small)
+    assert "do not see the timestep or the label" in caplog.text and "num_groups=2 or fewer" in caplog.text
