@@ -2,9 +2,12 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from ddpm_tf.checks import known
 from ddpm_tf.errors import InputError, unknown_name
 
 
@@ -38,8 +41,7 @@ def choose(kind: str, name: str, table: Table, settings: Mapping[str, Any]) -> C
     Raises:
         InputError: an unknown name or setting, or a setting that this entry does not have.
     """
-    if name not in table:
-        raise unknown_name(kind, name, table)
+    known(kind, name, table)
     entry = table[name]
     for setting, value in settings.items():
         defaults = {owner: choice.defaults()[setting] for owner, choice in table.items() if setting in choice.settings}
@@ -47,10 +49,24 @@ def choose(kind: str, name: str, table: Table, settings: Mapping[str, Any]) -> C
             raise unknown_name(
                 f"setting of a {kind}", setting, {s for choice in table.values() for s in choice.settings}
             )
-        if name not in defaults and value not in defaults.values():
+        if name not in defaults and not any(np.array_equal(value, default) for default in defaults.values()):
             raise InputError(
                 f"{setting} is a setting of the {kind} {', '.join(defaults)}; {name} has no such setting, and "
                 f"{setting}={value} was given. Leave it out."
             )
     own = {setting: value for setting, value in settings.items() if setting in entry.settings}
     return functools.partial(entry.build, **own)
+
+
+def one_of(values: Mapping[str, tuple[object, Sequence[object]]]) -> None:
+    """Refuse values outside their lists.
+
+    Args:
+        values: {name for the message: (value, the list of those allowed)}.
+
+    Raises:
+        InputError
+    """
+    for name, (value, allowed) in values.items():
+        if value not in allowed:
+            raise InputError(f"{name} is {value!r}; expected one of {', '.join(map(str, allowed))}.")

@@ -23,3 +23,8 @@ def table(rows: Iterable[Sequence[object]], *, header: Sequence[str] = (), right
         for row in cells
     )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def printable(text: str) -> str:
+    """A file name or message for one line of a message: as it is, or quoted with escapes if it has unprintable characters."""
+    return text if text.isprintable() else ascii(text)

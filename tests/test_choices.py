@@ -28,7 +28,9 @@ def test_a_setting_that_the_chosen_entry_does_not_have_is_refused_by_its_field(p
                 name = builders.setting_field(path, entry, setting)
                 config = tiny_config()
                 config_lib.put(config, path, chosen)
-                config_lib.put(config, name, FIELDS[name].default + 0.01 if name not in owned else FIELDS[name].default)
+                default = FIELDS[name].default
+                others = {str: lambda v: f"{v}x", float: lambda v: v + 0.01}
+                config_lib.put(config, name, default if name in owned else others[type(default)](default))
                 if name in owned:
                     assert not builders.foreign_settings(config)
                     continue

@@ -2,11 +2,24 @@
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import tensorflow as tf
+
+
+class Details(NamedTuple):
+    """What a source tells beside its images, for data.json.
+
+    class_names: the name of class k at place k; empty where the labels have no names.
+    notes: {how images were converted: how many}.
+    left_out: (file, kind of problem, detail) of each file that is not used.
+    """
+
+    class_names: Sequence[str] = ()
+    notes: Mapping[str, int] = {}
+    left_out: Sequence[tuple[str, str, str]] = ()
 
 
 class Source(Protocol):
@@ -26,6 +39,10 @@ class Source(Protocol):
 
         A name does not depend on where the data are stored. Empty for images that are in no file of the user's.
         """
+
+    @property
+    def details(self) -> Details:
+        """What data.json tells beside `files`."""
 
     def read(self, indices: np.ndarray | tf.Tensor) -> dict[str, tf.Tensor]:
         """Some examples, eagerly or inside a tf.data pipeline. Several threads may call it at once.

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from ddpm_tf import rng
+from ddpm_tf import checks, rng
 from ddpm_tf.data.contract import Source
 from ddpm_tf.errors import InputError
 from ddpm_tf.images import from_uint8
@@ -56,12 +56,22 @@ def make_dataset(
     Raises:
         InputError: a batch larger than the data set.
     """
+    batch_size = checks.integer("batch_size", batch_size, low=1, high=2**31 - 1)
+    seed = checks.integer("seed", seed, **checks.INT64)
+    start_step = checks.integer("start_step", start_step, low=0, high=2**63 - 1)
+    first, count, total = checks.integers("replicas", replicas, low=0, high=batch_size, shape=[3]).tolist()
+    if not (1 <= count <= total - first and batch_size % total == 0):
+        raise InputError(
+            f"replicas must be (first, count, total) with first + count of at most total, and batch_size={batch_size} a "
+            f"multiple of total; found {(first, count, total)}."
+        )
+    random_flip = checks.boolean("random_flip", random_flip)
     if batch_size > source.num_examples:
         raise InputError(
-            f"batch_size={batch_size} is larger than the data set, which has {source.num_examples} images."
+            f"batch_size={batch_size} is larger than the data set, which has {source.num_examples} images. Choose a batch_size "
+            f"of at most {source.num_examples}, or use more images."
         )
 
-    first, count, total = replicas
     size = batch_size // total
 
     def load(k: tf.Tensor) -> dict[str, tf.Tensor]:

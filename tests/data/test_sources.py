@@ -11,6 +11,8 @@ from PIL import Image
 from ddpm_tf.data.manifest import manifest
 from ddpm_tf.data.sources import SOURCES, load_source
 from ddpm_tf.errors import DataNotFoundError, InputError
+from tests.data.test_cifar import write_cifar
+from tests.data.test_idx import write_idx
 from tests.data.test_tfds import PaintedShapes
 from tests.data.test_tfrecords import example, write
 
@@ -42,7 +44,24 @@ def make_tfrecord(folder, in_memory_mb):
     return f"tfrecord:{folder}", {}
 
 
+def make_idx(folder, in_memory_mb):
+    write_idx(folder / "train-images-idx3-ubyte.gz", IMAGES[..., 0])
+    write_idx(folder / "train-labels-idx1-ubyte", np.arange(6, dtype=np.uint8))
+    return f"idx:{folder}", {"image_shape": (8, 8, 1)}
+
+
+def make_cifar(classes):
+    def make(folder, in_memory_mb):
+        write_cifar(folder, classes, {"train": 3, "test": 2})
+        return f"cifar{classes}:{folder}", {"image_shape": (32, 32, 3)}
+
+    return make
+
+
 MAKE = {
+    "idx": make_idx,
+    "cifar10": make_cifar(10),
+    "cifar100": make_cifar(100),
     "digits": lambda folder, in_memory_mb: ("digits", {"image_shape": (8, 8, 1)}),
     "folder": make_folder,
     "npz": make_npz,
@@ -103,7 +122,23 @@ def test_unknown_sources_and_other_shapes_are_refused():
         load_source("digits", image_shape=(16, 16, 1))
 
 
-@pytest.mark.parametrize("kind", ["folder", "npz", "tfrecord"])
+@pytest.mark.parametrize("kind", sorted(SOURCES.keys() - {"digits", "tfds"}))
 def test_data_that_are_missing_are_named_with_the_field(kind, tmp_path):
     with pytest.raises(DataNotFoundError, match=f"(?s)none.*data.source='{kind}:{tmp_path}/none'"):
         load_source(f"{kind}:{tmp_path}/none", image_shape=SHAPE)
+
+
+@pytest.mark.parametrize("kind", sorted(SOURCES.keys() - {"digits", "tfds", "folder"}))
+def test_a_pipe_is_refused_and_not_waited_for(kind, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="is a named pipe, not a file"):
+        load_source(f"{kind}:{tmp_path}/pipe", image_shape=SHAPE)
+
+
+def test_a_setting_of_another_kind_is_refused():
+    with pytest.raises(InputError, match="range is a setting of the data source npz; folder has no such setting"):
+        load_source("folder:x", image_shape=SHAPE, range="0..1")
+    with pytest.raises(InputError, match="data.convert is 'atuo'; expected one of auto, strict"):
+        load_source("folder:x", image_shape=SHAPE, convert="atuo")
+    with pytest.raises(InputError, match="digits takes no argument"):
+        load_source("digits:8", image_shape=(8, 8, 1))

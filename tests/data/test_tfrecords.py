@@ -66,7 +66,7 @@ def test_the_offsets_are_kept_and_made_again_when_the_shard_changes(shards):
 
 def test_a_shard_that_is_missing_is_named(shards):
     (shards / "c-r02.tfrecords").symlink_to(shards / "gone")
-    with pytest.raises(InputError, match="c-r02.tfrecords is missing"):
+    with pytest.raises(InputError, match="c-r02.tfrecords does not exist"):
         load_source(f"tfrecord:{shards}", image_shape=SHAPE)
 
 
@@ -91,3 +91,50 @@ def test_truncated_foreign_and_damaged_files_are_named(shards, tmp_path):
     refused(r"has the features \[\]; expected 'shape' and 'data'", path.read_bytes())
     with pytest.raises(InputError, match="no TFRecord file and no folder"):
         load_source(f"tfrecord:{tmp_path / 'none'}", image_shape=SHAPE)
+
+
+def test_an_index_that_does_not_fit_is_made_again(shards, caplog):
+    path = shards / "a-r02.tfrecords"
+    index = shards / "a-r02.tfrecords.offsets.npz"
+    right = load_offsets(str(path))
+    with np.load(index) as arrays:
+        kept = dict(arrays)
+    half = right.copy()
+    half[3] -= 8
+    for changed in (
+        {"offsets": right[:1]}, {"offsets": right[1:]}, {"offsets": np.delete(right, 2)}, {"offsets": half},
+        {"offsets": right[::-1]}, {"offsets": right.astype(np.float64)}, {"offsets": right + np.uint64(2**40)},
+        {"offsets": right[None]}, {"offsets": right[:0]}, {"size": 7}, {"mtime_ns": 0}, {"digest": "x"},
+        {"offsets": np.array([None, 1], dtype=object)},
+    ):  # fmt: skip
+        np.savez(index, **kept | changed)
+        caplog.clear()
+        np.testing.assert_array_equal(load_offsets(str(path)), right)
+        assert "is made again" in caplog.text, changed
+        caplog.clear()
+        load_offsets(str(path))
+        assert not caplog.text  # mended
+    for damage in (b"", b"PK", index.read_bytes()[:100]):
+        index.write_bytes(damage)
+        np.testing.assert_array_equal(load_offsets(str(path)), right)
+    index.unlink()
+    index.mkdir()
+    np.testing.assert_array_equal(load_offsets(str(path)), right)
+
+
+def test_an_index_of_before_its_key_is_made_again(shards):
+    path = str(shards / "a-r02.tfrecords")
+    right = load_offsets(path)
+    np.savez(f"{path}.offsets.npz", offsets=right[:1], size=(shards / "a-r02.tfrecords").stat().st_size)
+    np.testing.assert_array_equal(load_offsets(path), right)
+
+
+def test_a_length_that_lies_later_is_an_error_and_asks_for_no_memory(shards):
+    path = shards / "a-r02.tfrecords"
+    source = load_source(f"tfrecord:{path}", image_shape=SHAPE, in_memory_mb=0)
+    content = bytearray(path.read_bytes())
+    second = int(load_offsets(str(path))[1])
+    content[second : second + 8] = (2**62).to_bytes(8, "little")
+    path.write_bytes(content)
+    with pytest.raises(Exception, match="record 1 is damaged: its length is not"):
+        source.read(np.array([1]))
