@@ -7,9 +7,10 @@ a model server is started with. The next export is version 2; nothing is written
 come from the workdir.
 """
 
+import ddpm_tf.interrupt  # noqa: F401, I001 - first: it answers Ctrl-C during the other imports
 from absl import flags
 
-from ddpm_tf import app, experiment
+from ddpm_tf import app
 from ddpm_tf.errors import InputError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder written by run_train.py.")
@@ -26,6 +27,8 @@ _SETTINGS = app.define_sampling_flags(without=("num_images", "batch_size", "seed
 
 
 def main(_: list[str]) -> None:
+    from ddpm_tf import experiment  # it takes seconds, and the flags are read before
+
     if not _WORKDIR.value:
         raise InputError("--workdir is missing; give a folder written by run_train.py.")
     if not _OUT.value:

@@ -6,9 +6,10 @@ Image k has the seed --seed + k, and a seed is the same image in any batch. A ru
 again with the same --out and the same settings, and ends with the same files.
 """
 
+import ddpm_tf.interrupt  # noqa: F401, I001 - first: it answers Ctrl-C during the other imports
 from absl import flags
 
-from ddpm_tf import app, experiment
+from ddpm_tf import app
 from ddpm_tf.errors import InputError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder written by run_train.py.")
@@ -21,9 +22,14 @@ _SETTINGS = app.define_sampling_flags()
 
 
 def main(_: list[str]) -> None:
+    from ddpm_tf import experiment  # it takes seconds, and the flags are read before
+
     if not _WORKDIR.value:
         raise InputError("--workdir is missing; give a folder written by run_train.py.")
-    out = experiment.sample_images(_WORKDIR.value, out=_OUT.value, ema=_EMA.value, png=_PNG.value, settings=_SETTINGS())
+    with app.leaving_on_signal("stopped. The images that were drawn are kept; the same command draws the others."):
+        out = experiment.sample_images(
+            _WORKDIR.value, out=_OUT.value, ema=_EMA.value, png=_PNG.value, settings=_SETTINGS()
+        )
     print(f"Pictures: {out}")
 
 

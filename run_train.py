@@ -10,26 +10,25 @@ worker is lost (start all again), 70 when numbers are no longer finite, 73 when 
 More: docs/training.md, docs/multi_gpu.md.
 """
 
+import ddpm_tf.interrupt  # noqa: F401, I001 - first: it answers Ctrl-C during the other imports
 from absl import flags
 from ml_collections import config_flags
 
-from ddpm_tf import app, experiment
-from ddpm_tf.cluster.strategy import STRATEGIES
+from ddpm_tf import app
 from ddpm_tf.errors import InputError
-from ddpm_tf.experiment.run import NAN_POLICIES, StartOptions
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A config file: configs/*.py.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, checkpoints, metrics, samples.")
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Print config, parameters, shapes and memory, and leave; writes nothing."
 )
-_DEFAULTS = StartOptions()
 _DOWNLOAD = flags.DEFINE_bool("download", False, "Let TFDS fetch and prepare a data set that is missing.")
+# None stands for the default of `experiment.StartOptions`, which takes seconds to import.
 _GRACE = flags.DEFINE_float(
-    "grace_period_s", _DEFAULTS.grace_period_s, "After SIGTERM, seconds to finish the step and save it."
+    "grace_period_s", None, "After SIGTERM, seconds to finish the step and save it; default: 30."
 )
-_NAN_POLICY = flags.DEFINE_enum(
-    "nan_policy", _DEFAULTS.nan_policy, NAN_POLICIES,
+_NAN_POLICY = flags.DEFINE_string(
+    "nan_policy", None, "skip (default) or stop. "
     "A step whose loss or gradient is not finite: skip it (up to train.max_skipped_steps in a row), or stop at the first.",
 )  # fmt: skip
 _INIT_FROM = flags.DEFINE_string(
@@ -42,36 +41,43 @@ _EMA = flags.DEFINE_bool(
     "ema_from_weights", False, "Where a checkpoint has no moving average, begin it with the weights."
 )
 _DATA = flags.DEFINE_bool("allow_data_change", False, "Go on although the data set is not the one the run began with.")
-_STRATEGY = flags.DEFINE_enum(
-    "strategy", _DEFAULTS.strategy, STRATEGIES,
-    "default: one device; mirrored: the GPUs of this machine; multi_worker: the workers in TF_CONFIG; auto: what is there.",
+_STRATEGY = flags.DEFINE_string(
+    "strategy", None,
+    "default: one device; mirrored: the GPUs of this machine; multi_worker: the workers in TF_CONFIG; auto (if none is given): "
+    "what is there.",
 )  # fmt: skip
 _JOIN = flags.DEFINE_float(
-    "join_timeout_s", _DEFAULTS.join_timeout_s, "With several workers, seconds in which they wait for each other."
+    "join_timeout_s", None, "With several workers, seconds in which they wait for each other; default: 300."
 )
 _EXACT = flags.DEFINE_bool("require_exact", False, "Refuse to go on where the result would not be bit-exact.")
 
 
 def main(_: list[str]) -> None:
+    from ddpm_tf import experiment  # it takes seconds, and the flags are read before
+
     if _CONFIG.value is None:
         raise InputError("--config is missing; give a config file, for example --config=configs/digits.py.")
-    if _DRY_RUN.value:
-        print(experiment.dry_run(_CONFIG.value, _STRATEGY.value))
-        return
-    if not _WORKDIR.value:
-        raise InputError("--workdir is missing; give the folder of the run, for example --workdir=runs/digits.")
-    options = StartOptions(
+    chosen = {
+        "grace_period_s": _GRACE.value,
+        "nan_policy": _NAN_POLICY.value,
+        "strategy": _STRATEGY.value,
+        "join_timeout_s": _JOIN.value,
+    }
+    options = experiment.StartOptions(
         download=_DOWNLOAD.value,
-        grace_period_s=_GRACE.value,
-        nan_policy=_NAN_POLICY.value,
         init_from=_INIT_FROM.value,
         restart_from_scratch=_RESTART.value,
         ema_from_weights=_EMA.value,
         allow_data_change=_DATA.value,
         require_exact=_EXACT.value,
-        strategy=_STRATEGY.value,
-        join_timeout_s=_JOIN.value,
+        **{name: value for name, value in chosen.items() if value is not None},
     )
+    options.check()
+    if _DRY_RUN.value:
+        print(experiment.dry_run(_CONFIG.value, options.strategy))
+        return
+    if not _WORKDIR.value:
+        raise InputError("--workdir is missing; give the folder of the run, for example --workdir=runs/digits.")
     report = experiment.train(_CONFIG.value, _WORKDIR.value, options)
     if report:  # the chief's
         print(report)

@@ -15,6 +15,7 @@ def get_config():
     config.network.ch_mult = (1, 2)
     config.network.num_res_blocks = 1
     config.network.attn_resolutions = (4,)
+    config.network.num_groups = 8  # 4 channels each, as the paper's; with 32 the blocks of 32 channels would not see t
     config.train.num_steps = 1200
     config.train.log_every = 50
     config.train.checkpoint_every = 300

@@ -1,4 +1,4 @@
-"""Your own pictures: every image under a folder, cut in the middle to a square and shrunk to 64x64.
+"""Your own pictures: every image under a folder, cut in the middle to a square and shrunk to 64x64 (docs/data.md).
 
 Not in the paper. At 64x64, batch 64 and 200,000 steps this is days on one GPU; begin with fewer steps.
 

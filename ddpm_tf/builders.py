@@ -12,6 +12,11 @@ from ddpm_tf import config as config_lib
 from ddpm_tf import text
 from ddpm_tf.choices import Table
 from ddpm_tf.data import load_source, make_dataset
+from ddpm_tf.data.arrays import LAYOUTS, RANGES
+from ddpm_tf.data.folder import BAD
+from ddpm_tf.data.labels import LABELS
+from ddpm_tf.data.picture import ANIMATED, BACKGROUND, CONVERT, SMALL
+from ddpm_tf.data.sources import SOURCES, without_path
 from ddpm_tf.diffusion.losses import LOSS_WEIGHTS, LOSSES, LossFunction, make_loss
 from ddpm_tf.diffusion.prediction import PREDICTIONS
 from ddpm_tf.diffusion.process import GaussianDiffusion
@@ -29,12 +34,20 @@ from ddpm_tf.training.trainer import GRAD_CLIP_MODES
 # The field that names an entry -> the table. The settings of the entries are fields of the same section.
 TABLES: dict[str, Table] = {
     "diffusion.schedule": BETA_SCHEDULES, "network.name": NETWORKS, "train.loss_weight": LOSS_WEIGHTS,
-    "optimizer.name": OPTIMIZERS, "sample.sampler": SAMPLERS,
+    "optimizer.name": OPTIMIZERS, "sample.sampler": SAMPLERS, "data.source": SOURCES,
 }  # fmt: skip
 _NAMES = {
     **TABLES, "diffusion.prediction": PREDICTIONS, "diffusion.variance": VARIANCES, "train.loss": LOSSES,
-    "train.grad_clip_mode": GRAD_CLIP_MODES, "sample.spacing": TIMESTEP_SPACINGS,
+    "train.grad_clip_mode": GRAD_CLIP_MODES, "sample.spacing": TIMESTEP_SPACINGS, "data.convert": CONVERT,
+    "data.background": BACKGROUND, "data.small": SMALL, "data.animated": ANIMATED, "data.bad": BAD, "data.labels": LABELS,
+    "data.range": RANGES, "data.layout": LAYOUTS,
 }  # fmt: skip
+
+
+def entry_name(config: ConfigDict, path: str) -> str:
+    """The name of the entry that a field chooses; of a data source, what stands before the colon."""
+    name = config_lib.get(config, path)
+    return name.partition(":")[0] if path == "data.source" else name
 
 
 def setting_field(path: str, entry: str, setting: str) -> str:
@@ -50,24 +63,34 @@ def setting_field(path: str, entry: str, setting: str) -> str:
 
 def settings_of(config: ConfigDict, path: str) -> dict[str, Any]:
     """{setting: value} of the entry that the field `path` names; of an unknown entry, nothing."""
-    name = config_lib.get(config, path)
+    name = entry_name(config, path)
     settings = TABLES[path][name].settings if name in TABLES[path] else ()
     return {setting: config_lib.get(config, setting_field(path, name, setting)) for setting in settings}
 
 
-def foreign_settings(config: ConfigDict) -> list[tuple[config_lib.Field, str]]:
-    """[(field, the field that names the entry)] of settings that the chosen entries do not have, off their defaults."""
-    foreign = []
+def unused_settings(config: ConfigDict) -> dict[str, str]:
+    """{field: the field that names the entry} of settings that the chosen entries do not have."""
+    unused: dict[str, str] = {}
     for path, table in TABLES.items():
         owners = {setting_field(path, entry, s): entry for entry, choice in table.items() for s in choice.settings}
-        chosen = config_lib.get(config, path)
+        chosen = entry_name(config, path)
         own = {setting_field(path, chosen, s) for s in table[chosen].settings} if chosen in table else set(owners)
-        foreign += [
-            (field, path)
-            for field in config_lib.FIELDS
-            if field.path in owners.keys() - own and config_lib.get(config, field.path) != field.default
-        ]
-    return foreign
+        unused |= dict.fromkeys(owners.keys() - own, path)
+    return unused
+
+
+def foreign_settings(config: ConfigDict) -> list[tuple[config_lib.Field, str]]:
+    """[(field, the field that names the entry)] of unused settings that are off their defaults."""
+    unused = unused_settings(config)
+    fields = [field for field in config_lib.FIELDS if field.path in unused]
+    return [(field, unused[field.path]) for field in fields if config_lib.get(config, field.path) != field.default]
+
+
+def run_digest(config: ConfigDict) -> str:
+    """`config.digest`, without the path of the data and the settings that play no part."""
+    config = config.copy_and_resolve_references()
+    config.data.source = without_path(config.data.source)
+    return config_lib.digest(config, unused=unused_settings(config))
 
 
 def without_foreign_settings(config: ConfigDict, origin: str) -> ConfigDict:
@@ -77,6 +100,8 @@ def without_foreign_settings(config: ConfigDict, origin: str) -> ConfigDict:
     """
     foreign = foreign_settings(config)
     for field, path in foreign:
+        if config_lib.get(config, field.path) == field.before:  # the file does not have it
+            continue
         logging.info(
             "%s has %s=%s, which %s=%s does not use: read as %s.",
             origin,
@@ -106,6 +131,7 @@ def build_source(config: ConfigDict, *, download: bool = False, read_only: bool 
         download=download,
         in_memory_mb=data.in_memory_mb,
         read_only=read_only,
+        **settings_of(config, "data.source"),
     )
 
 
@@ -144,6 +170,15 @@ def build_network(config: ConfigDict, diffusion: GaussianDiffusion, *, precision
 
 def build_optimizer(config: ConfigDict) -> Any:
     o, settings = config.optimizer, settings_of(config, "optimizer.name")
+    if config.train.num_steps < o.warmup_steps:
+        logging.warning(
+            "train.num_steps=%d ends before optimizer.warmup_steps=%d: the learning rate reaches %.3g of "
+            "optimizer.learning_rate=%g. Lower optimizer.warmup_steps.",
+            config.train.num_steps,
+            o.warmup_steps,
+            config.train.num_steps / o.warmup_steps,
+            o.learning_rate,
+        )
     return make_optimizer(o.name, learning_rate=o.learning_rate, warmup_steps=o.warmup_steps, **settings)
 
 
@@ -205,7 +240,7 @@ def check(config: ConfigDict) -> None:
     problems = config_lib.range_problems(config)
     wrong_sections = {problem.partition(".")[0] for problem in problems}
     for path, table in _NAMES.items():
-        if (name := config_lib.get(config, path)) not in table:
+        if (name := entry_name(config, path)) not in table:
             problems.append(str(unknown_name(path, name, table)))
             wrong_sections.add(path.partition(".")[0])
     for field, path in foreign_settings(config):

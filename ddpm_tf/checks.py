@@ -10,7 +10,7 @@ import numpy as np
 
 from ddpm_tf.errors import InputError, unknown_name
 
-INT64 = {"low": -(2**63), "high": 2**63 - 1}  # any seed
+INT64: dict[str, Any] = {"low": -(2**63), "high": 2**63 - 1}  # any seed
 # Limits that no sensible run meets. They stand between a mistyped number and a machine without memory.
 MAX_IMAGES = 100_000_000
 MAX_BATCH = 1_000_000
@@ -85,7 +85,10 @@ def integers(name: str, values: Any, *, low: int, high: int, shape: Sequence[int
     # numpy makes an array of objects or floats of integers beyond 64 bits, and integers of a list that mixes in bools.
     if isinstance(values, list | tuple) or array.dtype == object:
         for value in array.flat if array.dtype == object else values:
-            if array.dtype == object or _is_number(value) or isinstance(value, bool | None):
+            if _is_integer(value):
+                if not low <= value <= high:
+                    raise InputError(f"{name} hold {_shown(int(value))}; expected {low}..{high}.")
+            elif array.dtype == object or _is_number(value) or isinstance(value, bool | None):
                 integer(f"Each of {name}", value, low=low, high=high)
     if array.size and array.dtype.kind not in "iu":
         raise InputError(f"{name} must be integers, found {array.dtype} {list(array.shape)}.")

@@ -3,13 +3,13 @@
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import ml_collections
 from absl import logging
 
-from ddpm_tf import __version__
+from ddpm_tf import __version__, checks
 from ddpm_tf.errors import InputError, unknown_name
 
 NEVER_ABSENT = object()
@@ -34,8 +34,8 @@ _FREE, _FIXED = True, False
 
 FIELDS = (
     Field("seed", 0, _FIXED, "Seed of the initial weights, data order, timesteps, noise and dropout."),
-    Field("data.source", "digits", _FIXED, "digits, folder:PATH, npz:PATH, tfds:NAME or tfrecord:PATH."),
-    Field("data.split", "train", _FIXED, "Split of a TFDS data set."),
+    Field("data.source", "digits", _FIXED, "digits, KIND:PATH (folder, npz, idx, cifar10, cifar100, tfrecord) or tfds:NAME."),
+    Field("data.split", "train", _FIXED, "Split of a TFDS, idx or CIFAR data set; for TFDS also a part: train[:50%]."),
     Field("data.data_dir", "", _FREE, "Where TFDS data sets are prepared; empty: TFDS' own default."),
     Field("data.image_size", 32, _FIXED, "Height of the images, pixels."),
     Field("data.image_width", 0, _FIXED, "Width of the images, pixels; 0: as the height."),
@@ -43,6 +43,15 @@ FIELDS = (
     Field("data.batch_size", 128, _FIXED, "Global batch size, images; divisible by the number of replicas."),
     Field("data.random_flip", False, _FIXED, "Mirror each image with probability 1/2."),
     Field("data.in_memory_mb", 4096, _FREE, "Data sets up to this size are decoded at the start and kept in memory, MiB."),
+    Field("data.convert", "auto", _FIXED, "folder: auto converts any colours; strict refuses what would change.", "strict"),
+    Field("data.background", "white", _FIXED, "folder: what transparency is put on: white or black; drop: nothing.", "white"),
+    Field("data.small", "refuse", _FIXED, "folder: pictures smaller than the images: refuse, enlarge or skip.", "refuse"),
+    Field("data.animated", "refuse", _FIXED, "folder: files of several pictures: refuse, or first.", "refuse"),
+    Field("data.bad", "error", _FREE, "folder: files that cannot be used: error, or skip.", "error"),
+    Field("data.bad_limit", 0.01, _FREE, "folder: with bad=skip, the largest share of files that is left out.", 0.01),
+    Field("data.labels", "auto", _FIXED, "folder: classes by folder (subfolders), csv (labels.csv), auto or none.", "none"),
+    Field("data.range", "uint8", _FIXED, "npz: range of the values: uint8, 0..1 or -1..1.", "uint8"),
+    Field("data.layout", "channels_last", _FIXED, "npz: channels_last, or channels_first for [N, C, H, W].", "channels_last"),
     Field("diffusion.schedule", "linear", _FIXED, "Beta schedule: linear, cosine, sigmoid or another name of make_betas."),
     Field("diffusion.num_timesteps", 1000, _FIXED, "T, the number of timesteps."),
     Field("diffusion.beta_start", 1e-4, _FIXED, "First beta."),
@@ -111,6 +120,9 @@ _RANGES = {
         "network.block_size", "network.num_groups", "train.num_steps", "train.keep_checkpoints", "train.max_skipped_steps",
         "train.micro_batches", "train.steps_per_execution", "sample.num_images", "sample.batch_size",
     )),
+    f"at most {checks.MAX_TIMESTEPS:,}": (lambda v: v <= checks.MAX_TIMESTEPS, ("diffusion.num_timesteps",)),
+    f"at most {checks.MAX_IMAGES:,}": (lambda v: v <= checks.MAX_IMAGES, ("sample.num_images",)),
+    f"at most {checks.MAX_BATCH:,}": (lambda v: v <= checks.MAX_BATCH, ("sample.batch_size",)),
     "at least 0": (lambda v: v >= 0, (
         "data.image_width", "train.log_every", "train.checkpoint_every", "train.sample_every", "sample.num_steps",
         "data.in_memory_mb", "train.checkpoint_minutes", "train.keep_every", "train.grad_clip", "optimizer.warmup_steps",
@@ -124,7 +136,7 @@ _RANGES = {
         "network.dropout", "train.ema_decay", "optimizer.beta_1", "optimizer.beta_2",
     )),
     "above 0 and below 1": (lambda v: 0 < v < 1, ("optimizer.epsilon",)),
-    "within 0..1": (lambda v: 0 <= v <= 1, ("sample.eta",)),
+    "within 0..1": (lambda v: 0 <= v <= 1, ("data.bad_limit", "sample.eta")),
     "1 or 3": (lambda v: v in (1, 3), ("data.channels",)),
     "auto, on or off": (lambda v: v in ("auto", "on", "off"), ("train.jit_compile",)),
     f"one of {PRECISIONS}": (lambda v: v in PRECISIONS, ("train.precision",)),
@@ -191,8 +203,32 @@ def refuse(problems: list[str], origin: str = "The config") -> None:
 
 
 def check_types(config: ml_collections.ConfigDict) -> None:
-    """Refuse values of a type that the field does not have."""
+    """Refuse what is no config, and values of a type that the field does not have."""
+    check_fields(config)
     refuse(list(filter(None, (_type_problem(field, get(config, field.path)) for field in FIELDS))))
+
+
+def check_fields(config: Any, origin: str = "The config") -> None:
+    """Refuse what is no ConfigDict of these fields.
+
+    Raises:
+        InputError
+    """
+    advice = "begin with ddpm_tf.config.default(), change some fields and return it, as configs/digits.py"
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise InputError(f"{origin} is a {type(config).__name__}, not a ConfigDict; {advice}.")
+    lost = [field.path for field in FIELDS if not _has(config, field.path)]
+    if lost:
+        some = ", ".join(lost[:3]) + (f" and {len(lost) - 3} others" if len(lost) > 3 else "")
+        raise InputError(f"{origin} lacks the fields {some}; {advice}.")
+
+
+def _has(config: ml_collections.ConfigDict, path: str) -> bool:
+    for name in path.split("."):
+        if not isinstance(config, ml_collections.ConfigDict) or name not in config:
+            return False
+        config = config[name]
+    return True
 
 
 def range_problems(config: ml_collections.ConfigDict) -> list[str]:
@@ -211,7 +247,15 @@ def range_problems(config: ml_collections.ConfigDict) -> list[str]:
     ]
     d = config.data
     if d.batch_size * d.image_size * (d.image_width or d.image_size) * d.channels >= 2**31:
-        problems.append(f"data.batch_size={d.batch_size} images have 2^31 values or more")
+        problems.append(
+            f"data.batch_size={d.batch_size} images of data.image_size={d.image_size} have 2^31 values or more, which is more "
+            "than one tensor can have"
+        )
+    if config.sample.seed + config.sample.num_images > 2**63:
+        problems.append(
+            f"sample.seed={config.sample.seed} with sample.num_images={config.sample.num_images} needs seeds above 2^63 - 1, "
+            "and there are none; choose a smaller sample.seed"
+        )
     return problems
 
 
@@ -219,6 +263,19 @@ def validate(config: ml_collections.ConfigDict) -> None:
     """Raise InputError that lists every value of a wrong type, or every value out of range."""
     check_types(config)
     refuse(range_problems(config))
+
+
+def check_section(name: str, values: Mapping[str, Any]) -> None:
+    """Refuse values of a section's fields that no config can have, whatever the other fields are.
+
+    Raises:
+        InputError
+    """
+    refuse([problem for problem in (type_problem(name, *item) for item in values.items()) if problem], "The command")
+    config = default()
+    for field, value in values.items():
+        config[name][field] = value
+    refuse(range_problems(config), "The command")
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:
@@ -283,12 +340,16 @@ def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) 
     return [(field, a, b) for field, a, b in pairs if a != b]
 
 
-def digest(config: ml_collections.ConfigDict) -> str:
+def digest(config: ml_collections.ConfigDict, *, unused: Collection[str] = ()) -> str:
     """SHA-256 of the fields that change what a step computes: the fixed fields and the optimizer's.
 
     A field that has the value which its absence meant is left out, so that a new field does not change older digests.
+
+    Args:
+        unused: fields that play no part; those that came after the first version are left out.
     """
     fields = [f for f in FIELDS if not f.free or f.path.startswith("optimizer.")]
+    fields = [f for f in fields if f.before is NEVER_ABSENT or f.path not in unused]
     values = {f.path: get(config, f.path) for f in fields}
     values = {f.path: values[f.path] for f in fields if values[f.path] != f.before}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -17,7 +17,7 @@ from typing import IO
 
 from ddpm_tf.errors import InputError, WorkdirError
 
-TEMPORARY, TRASH = ".tmp-", ".trash-"
+TEMPORARY, TRASH, OWNER = ".tmp-", ".trash-", ".owner"
 
 
 def fsync(path: str) -> None:
@@ -157,11 +157,60 @@ def owner_lock(path: str, owned: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            time.sleep(0.2)  # the owner may have got the lock a moment ago, and not have written its name yet
-            file.seek(0)
-            raise WorkdirError(f"{owned}: {file.read().strip()}. Wait, or use another.") from None
+            raise _in_use(path, owned) from None
         file.truncate(0)
-        started = time.strftime("%Y-%m-%d %H:%M:%S")
-        file.write(f"host {socket.gethostname()}, process {os.getpid()}, started {started}\n")
+        file.write(_owner())
         file.flush()
         yield
+
+
+@contextlib.contextmanager
+def owned_folder(path: str, owned: str) -> Iterator[None]:
+    """As `owner_lock`, for an existing folder. The file that names the owner, `OWNER` in it, is deleted at the end.
+
+    The lock is the folder's own: the file can be deleted without a second process taking the lock of a new one.
+    """
+    name = os.path.join(path, OWNER)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path))
+        except BlockingIOError:
+            raise _in_use(name, owned) from None
+        with open(name, "w", encoding="utf-8") as file:
+            file.write(_owner())
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+
+
+def _owner() -> str:
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    return f"host {socket.gethostname()}, process {os.getpid()}, started {started}\n"
+
+
+def _in_use(path: str, owned: str) -> WorkdirError:
+    """The error for a lock that another process holds, whose name stands in the file `path`."""
+    time.sleep(0.2)  # the owner may have got the lock a moment ago, and not have written its name yet
+    owner = ""
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        owner = file.read().strip()
+    return WorkdirError(f"{owned}: {owner or 'its name is unknown'}. Wait, or use another.")
+
+
+@contextlib.contextmanager
+def made_folder(path: str) -> Iterator[None]:
+    """Make a folder and its missing parents. If the block fails, those of them that are still empty are removed again."""
+    missing, each = [], os.path.abspath(path)
+    while not os.path.lexists(each):
+        missing.append(each)
+        each = os.path.dirname(each)
+    try:
+        os.makedirs(path, exist_ok=True)
+        yield
+    except BaseException:
+        for each in missing:
+            with contextlib.suppress(OSError):
+                os.rmdir(each)
+        raise

@@ -16,6 +16,9 @@ from typing import TypeAlias
 import numpy as np
 import tensorflow as tf
 
+from ddpm_tf import checks
+from ddpm_tf.errors import InputError
+
 
 class Purpose(enum.IntEnum):
     """What a draw is for: the counter's second word, so that two purposes never share a counter.
@@ -29,6 +32,8 @@ class Purpose(enum.IntEnum):
     DROPOUT_SEED = 3
     PRIOR = 4
     STEP = 5
+    HELD_OUT_TIMESTEP = 6
+    HELD_OUT_NOISE = 7
     DROPOUT = 1 << 16
 
 
@@ -52,17 +57,21 @@ def bits(seeds: Integers, n: int, *, purpose: int, index: Integers = 0, step: In
 
     Returns:
         uint32 [B, n].
+
+    Raises:
+        InputError: what is no integer or out of range. The values of tensors are not looked at, since that would wait for
+            them; their type is.
     """
     u64 = tf.uint64
     mask = tf.constant(_MASK, u64)
 
-    def column(value: Integers) -> tf.Tensor:  # [B or 1, 1], a 32-bit word in a uint64
-        return tf.reshape(tf.cast(value, u64), [-1, 1]) & mask
+    def column(name: str, value: Integers) -> tf.Tensor:  # [B or 1, 1], a 32-bit word in a uint64
+        return tf.reshape(tf.cast(_as_tensor(name, value, 0, _MASK), u64), [-1, 1]) & mask
 
-    seeds = tf.cast(seeds, tf.int64) if tf.is_tensor(seeds) else tf.constant(seeds, tf.int64)
+    seeds = tf.cast(_as_tensor("seeds", seeds, **checks.INT64), tf.int64)
     key = tf.reshape(tf.bitcast(seeds, u64), [-1, 1])
     k0, k1 = key & mask, _shift_right(key, 32)
-    index, step = column(index), column(step)
+    index, step = column("index", index), column("step", step)
     batch = tf.zeros_like(key + index + step)  # [B, 1]; adding it gives every word the same B
     blocks = tf.range(-(-n // 4), dtype=tf.int64)
     c0 = tf.cast(blocks[None], u64) + batch  # [B, blocks]
@@ -105,6 +114,7 @@ def normal(
 
 def integers(seeds: Integers, bound: int, *, purpose: int, index: Integers = 0, step: Integers = 0) -> tf.Tensor:
     """Uniform int32 [B] in [0, bound), 1 <= bound < 2^31, from `bits`; the bias is below bound / 2^32."""
+    checks.integer("bound", bound, low=1, high=2**31 - 1)
     words = tf.cast(bits(seeds, 1, purpose=purpose, index=index, step=step)[:, 0], tf.uint64)
     return tf.cast(_shift_right(words * tf.constant(bound, tf.uint64), 32), tf.int32)
 
@@ -123,11 +133,24 @@ def bernoulli(
     Each 32-bit word of `bits` decides two elements. A word for each would make dropout masks, which are as large as the
     activations, noticeably slower.
     """
+    checks.real("probability", probability, low=0, high=1)
     size = math.prod(shape)
     words = bits(seeds, -(-size // 2), purpose=purpose, index=index, step=step)
     halves = tf.concat([words & tf.constant(0xFFFF, tf.uint32), _shift_right(words, 16)], axis=1)
     threshold = tf.constant(round(probability * 65536), tf.uint32)
     return tf.reshape(halves[:, :size] < threshold, [-1, *shape])
+
+
+def _as_tensor(name: str, values: Integers, low: int, high: int) -> tf.Tensor:
+    """One integer or several of them, [B], as a tensor; floats are not rounded, and nothing wraps round."""
+    if tf.is_tensor(values):
+        tensor = tf.convert_to_tensor(values)
+        if not tensor.dtype.is_integer:
+            raise InputError(f"{name} must be integers, found a tensor of {tensor.dtype.name}.")
+        return tensor
+    if np.ndim(values):
+        return tf.constant(checks.integers(name, values, low=low, high=high))
+    return tf.constant(checks.integer(name, values, low=low, high=high), tf.int64)
 
 
 def _open_uniform(words: tf.Tensor) -> tf.Tensor:

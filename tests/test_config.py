@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_collections
 import numpy as np
 import pytest
 from absl import flags
@@ -35,13 +36,22 @@ ANY = {
 OUT_OF_RANGE = {
     "seed": [2**63],
     "data.source": ["", "digit"],
-    "data.image_size": [0, 9],
+    "data.image_size": [0, 9, 10**6],
     "data.image_width": [-1, 9],
     "data.channels": [0, 2],
     "data.batch_size": [0, -8],
     "data.in_memory_mb": [-1],
+    "data.convert": ["maybe"],
+    "data.background": ["grey"],
+    "data.small": ["no"],
+    "data.animated": ["last"],
+    "data.bad": ["ignore"],
+    "data.bad_limit": [-0.1, 1.5],
+    "data.labels": ["names"],
+    "data.range": ["0-1"],
+    "data.layout": ["NHWC"],
     "diffusion.schedule": ["linaer"],
-    "diffusion.num_timesteps": [0],
+    "diffusion.num_timesteps": [0, 10**9],
     "diffusion.beta_start": [0.0, -1e-4, 1.5],
     "diffusion.beta_end": [0.0, 1.5],
     "diffusion.cosine_s": [-0.1],
@@ -51,9 +61,9 @@ OUT_OF_RANGE = {
     "diffusion.prediction": ["noise"],
     "diffusion.variance": ["fixed"],
     "network.name": ["u-net"],
-    "network.ch": [0, 48],
+    "network.ch": [0, 44, 3_200_000],
     "network.ch_mult": [(), (0,), (1, 1, 1, 1, 1)],
-    "network.num_res_blocks": [0],
+    "network.num_res_blocks": [0, 10**6],
     "network.attn_resolutions": [(3,)],
     "network.dropout": [-0.1, 1.0],
     "network.block_size": [0, 3],
@@ -89,9 +99,9 @@ OUT_OF_RANGE = {
     "sample.num_steps": [-1, 1001],
     "sample.spacing": ["even"],
     "sample.eta": [-0.1, 1.1],
-    "sample.num_images": [0],
-    "sample.batch_size": [0],
-    "sample.seed": [2**63],
+    "sample.num_images": [0, 10**12],
+    "sample.batch_size": [0, 10**9],
+    "sample.seed": [2**63, 2**63 - 1],
 }
 
 
@@ -168,12 +178,12 @@ def test_none_in_a_config_file_is_refused():
             ],
         ),
         (
-            {"sample.sampler": "ddmp", "sample.num_images": 0, "optimizer.name": "adamw", "network.ch": 48},
-            ["Unknown sample.sampler", "sample.num_images must be", "Unknown optimizer.name", "48 channels"],
+            {"sample.sampler": "ddmp", "sample.num_images": 0, "optimizer.name": "adamw", "network.ch": 44},
+            ["Unknown sample.sampler", "sample.num_images must be", "Unknown optimizer.name", "ch=44"],
         ),
         (
-            {"sample.num_steps": 2000, "network.ch": 48, "train.loss": "hybrid", "diffusion.beta_start": 1e-4},
-            ["sample: num_steps", "48 channels", "train.loss: "],
+            {"sample.num_steps": 2000, "network.ch": 44, "train.loss": "hybrid", "diffusion.beta_start": 1e-4},
+            ["sample: num_steps", "ch=44", "train.loss: "],
         ),
         ({"diffusion.beta_end": 1.5, "train.micro_batches": 3}, ["diffusion: Every beta", "train.micro_batches=3"]),
     ],
@@ -207,7 +217,7 @@ for module in (cifar10, digits):
     builders.check(config)
     config.diffusion.variance, config.train.loss = "learned_range", "hybrid"
     builders.check(config)
-    config.train.ema_decay, config.network.ch = 5.0, 48
+    config.train.ema_decay, config.network.ch = 5.0, 44
     try:
         builders.check(config)
     except ValueError:
@@ -271,3 +281,32 @@ def test_a_field_that_differs_from_the_workdirs_is_refused_if_it_is_fixed(field)
         check_same_run(old, new, "--workdir=W")
     assert re.search(rf"{field.path} +{re.escape(repr(before))} +{re.escape(repr(after))}$", str(e.value), re.M)
     assert config_lib.digest(old) != config_lib.digest(new)
+
+
+@pytest.mark.parametrize("value", [None, 3, {"seed": 0}, ml_collections.ConfigDict({"seed": 0}), []])
+def test_what_is_no_config_is_refused_with_what_to_begin_with(value):
+    with pytest.raises(InputError, match=r"begin with ddpm_tf.config.default\(\)"):
+        builders.check(value)
+
+
+def test_a_section_is_checked_without_the_rest_of_a_config():
+    config_lib.check_section("sample", {"num_images": 3, "sampler": "ddim"})
+    for values, message in (
+        ({"num_images": 10**12}, "sample.num_images must be at most 100,000,000"),
+        ({"seed": 2**63 - 1, "num_images": 2}, "there are none; choose a smaller sample.seed"),
+        ({"eta": "much"}, "sample.eta must be of type float"),
+        ({"steps": 3}, "Unknown field 'sample.steps'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            config_lib.check_section("sample", values)
+
+
+def test_a_run_that_ends_before_its_warm_up_is_warned_of(caplog):
+    config = tiny_config()
+    config.optimizer.warmup_steps = config.train.num_steps
+    builders.build_optimizer(config)
+    assert not caplog.text
+    config.optimizer.warmup_steps = 2 * config.train.num_steps
+    with caplog.at_level("WARNING", "absl"):
+        builders.build_optimizer(config)
+    assert "the learning rate reaches 0.5 of optimizer.learning_rate" in caplog.text

@@ -16,7 +16,7 @@ from configs import cifar10
 from ddpm_tf import config as config_lib
 from ddpm_tf import experiment
 from ddpm_tf.cluster.strategy import configure_devices
-from ddpm_tf.errors import BadDataError, InputError, NumericsError
+from ddpm_tf.errors import BadDataError, DataNotFoundError, InputError, NumericsError
 from ddpm_tf.experiment import grids
 from tests.conftest import mirrored, rows, tiny_config
 
@@ -300,14 +300,14 @@ def streamed_folder(tmp_path, bad):
 
 def test_a_file_that_is_no_image_shows_before_work_begins_also_when_streamed(tmp_path):
     config = streamed_folder(tmp_path, "header")
-    with pytest.raises(InputError, match="05.png .* cannot be read as an image"):
+    with pytest.raises(InputError, match="(?s)not a picture that is read here.*05.png"):
         experiment.train(config, str(tmp_path / "w"))
     assert not (tmp_path / "w").exists()
 
 
 @pytest.mark.slow
 def test_an_image_that_breaks_in_the_middle_of_a_run_ends_it_with_its_name(tmp_path):
-    with pytest.raises(BadDataError, match="05.png .* cannot be read as an image.*Training stopped") as e:
+    with pytest.raises(BadDataError, match="(?s)not a picture that is read here.*05.png.*Training stopped") as e:
         experiment.train(streamed_folder(tmp_path, "pixels"), str(tmp_path / "w"))
     assert e.value.exit_code == 65
 
@@ -364,6 +364,11 @@ def test_a_folder_of_something_else_is_no_workdir(tmp_path):
 def test_a_dry_run_does_without_the_data_and_writes_nothing(tmp_path):
     config = tiny_config()
     config.data.source = f"tfrecord:{tmp_path / 'none.tfrecords'}"
-    text = experiment.dry_run(config)
+    with pytest.raises(DataNotFoundError) as e:  # after all that can be said without them
+        experiment.dry_run(config)
+    text = str(e.value)
     assert "unknown, data set not prepared" in text and "memory, estimated, on one device with 8 images: " in text
-    assert not list(tmp_path.iterdir())
+    assert "The run cannot begin: " in text and not list(tmp_path.iterdir())
+    config.data.source, config.data.data_dir = "tfds:cifar10", str(tmp_path)
+    config.data.image_size, config.data.channels = 32, 3
+    assert "unknown, data set not prepared" in experiment.dry_run(config)  # it can be downloaded

@@ -5,13 +5,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RANKS = (
-    ("errors",),
-    ("config", "rng", "images", "files", "text", "choices"),
+    ("errors", "text", "interrupt"),
+    ("checks",),
+    ("config", "rng", "images", "files", "paths", "choices"),
     ("diffusion", "networks", "data"),
     ("storage", "cluster"),
     ("training", "samplers", "evaluation"),
     ("builders", "serving", "convert", "callbacks"),
-    ("experiment", "app"),
+    ("experiment",),
+    ("app",),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 KNOWS_NO = {

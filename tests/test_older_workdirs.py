@@ -35,9 +35,7 @@ def expected():
 def test_it_samples_the_same_images(older, expected, tmp_path, caplog):
     with caplog.at_level("INFO", logger="absl"):
         out = experiment.sample_images(str(older), out=str(tmp_path / "out"), settings={"batch_size": 4})
-    assert (
-        caplog.text.count("is of an older version of ddpm_tf; the fields that it lacks mean: diffusion.cosine_s=") == 1
-    )
+    assert caplog.text.count("is of an older version of ddpm_tf; the fields that it lacks mean: ") == 1
     with np.load(f"{out}/samples.npz", allow_pickle=False) as arrays:
         np.testing.assert_array_equal(arrays["images"], expected["images"])
 

@@ -260,7 +260,9 @@ def test_a_manifest_does_not_depend_on_where_the_data_are_held():
     streamed = {**held, "sha256": {}}
     assert difference(held, streamed) is None and digest(held) == digest(streamed)
     assert difference(held, {**held, "sha256": {"image": "y"}}) == "2 images then, 2 now; the contents of image changed"
-    assert "file 1 was 'b' (2 bytes) and is 'b' (3 bytes)" in difference(held, {**held, "files": [["a", 1], ["b", 3]]})
+    renamed = {**held, "files": [["a", 1], ["c", 3]]}
+    assert difference(held, renamed) is None  # the pixels are the same
+    assert "file 1 was 'b' (2 bytes) and is 'c' (3 bytes)" in difference(held, {**renamed, "sha256": {}})
     less = {**held, "num_examples": 1, "files": [["a", 1]]}
     assert difference(held, less) == "2 images then, 1 now; file 1 was 'b' (2 bytes) and is nothing"
 
@@ -359,3 +361,53 @@ def test_a_damaged_row_of_the_metrics_is_dropped_with_a_warning(copy, caplog):
     metrics.on_train_begin()
     metrics.on_train_end()
     assert [row["step"] for row in rows(copy)] == [1, 3, 4] and "line 2 is damaged" in caplog.text
+
+
+def test_the_same_images_at_another_path_are_the_same_data_set(tmp_path, caplog):
+    """Also when they are not held in memory: then names and sizes decide."""
+    caplog.set_level("INFO", logger="absl")
+    config = tiny_config(num_steps=2)
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    for k in range(9):
+        Image.fromarray(np.full((8, 8), 20 * k, np.uint8)).save(here / f"{k}.png")
+    config.data.source = f"folder:{here}"
+    experiment.train(config, str(tmp_path / "w"))
+    here.rename(there)
+    config.train.num_steps = 4
+    with pytest.raises(InputError, match="does not exist"):
+        experiment.train(config, str(tmp_path / "w"))
+    config.data.source = f"folder:{there}/"
+    config.data.in_memory_mb = 0
+    experiment.train(config, str(tmp_path / "w"), StartOptions(require_exact=True))
+    assert f"data.source is folder:{there}/, and was folder:{here}. The images are the same" in caplog.text
+    assert json.loads((tmp_path / "w/config.json").read_text())["data"]["source"] == f"folder:{there}/"
+    (there / "8.png").unlink()
+    config.train.num_steps = 5
+    with pytest.raises(InputError, match="9 images then, 8 now; file 8 was '8.png'"):
+        experiment.train(config, str(tmp_path / "w"))
+    config.data.source = "digits"
+    with pytest.raises(InputError, match="data.source +'folder:.*' +'digits'"):
+        experiment.train(config, str(tmp_path / "w"))
+
+
+def test_the_command_of_an_older_version_resumes_its_run(tmp_path, caplog):
+    """A field whose default is not what its absence meant keeps the older meaning, at every later start."""
+    caplog.set_level("INFO", logger="absl")
+    config = tiny_config(num_steps=1)
+    (tmp_path / "pictures").mkdir()
+    for k in range(8):
+        Image.fromarray(np.full((8, 8), 20 * k, np.uint8)).save(tmp_path / "pictures" / f"{k}.png")
+    config.data.source, config.data.convert, config.data.labels = f"folder:{tmp_path / 'pictures'}", "strict", "none"
+    experiment.train(config, str(tmp_path / "w"))
+    path = tmp_path / "w/config.json"
+    content = json.loads(path.read_text())
+    del content["data"]["convert"], content["data"]["labels"]
+    path.write_text(json.dumps(content))
+    config.data.convert, config.data.labels = "auto", "auto"  # the defaults of this version
+    for steps in (2, 3):
+        config.train.num_steps = steps
+        caplog.clear()
+        experiment.train(config, str(tmp_path / "w"))
+        assert "data.convert=strict stays" in caplog.text
+        assert json.loads(path.read_text())["data"]["convert"] == "strict"

@@ -3,6 +3,7 @@ import pytest
 import tensorflow as tf
 
 from ddpm_tf import rng
+from ddpm_tf.errors import InputError
 
 
 @pytest.mark.parametrize("seed", [0, 5, -1, 2**40 + 7, -(2**63)])
@@ -69,3 +70,41 @@ def test_integers_and_bernoulli_are_uniform():
     assert (abs(np.bincount(t) - 5000) < 5 * 4500**0.5).all()
     mask = rng.bernoulli(tf.range(100, dtype=tf.int64), 0.1, (1000,), purpose=1).numpy()
     assert abs(mask.mean() - 0.1) < 5 * (0.09 / mask.size) ** 0.5
+
+
+@pytest.mark.parametrize(
+    "seeds", [0.9, [0.9], np.array([1.0]), tf.constant([1.0]), True, None, "1", 2**63, [-(2**63) - 1]]
+)
+def test_a_seed_is_an_integer_of_64_bits_and_is_not_rounded(seeds):
+    with pytest.raises(InputError, match="seeds"):
+        rng.bits(seeds, 4, purpose=1)
+
+
+def test_a_seed_of_any_integer_type_is_the_same_seed():
+    expected = rng.bits(7, 4, purpose=1).numpy()
+    for seeds in (
+        np.int8(7),
+        np.array(7, np.uint64),
+        [7],
+        range(7, 8),
+        tf.constant([7], tf.int32),
+        tf.constant(7, tf.int64),
+    ):
+        np.testing.assert_array_equal(rng.bits(seeds, 4, purpose=1), expected)
+
+
+@pytest.mark.parametrize("place", ["index", "step"])
+def test_a_place_in_the_counter_is_a_word_of_32_bits(place):
+    rng.bits(0, 4, purpose=1, **{place: 2**32 - 1})
+    for value in (-1, 2**32, 0.5, [0, -1], tf.constant(0.5)):
+        with pytest.raises(InputError, match=place):
+            rng.bits(0, 4, purpose=1, **{place: value})
+
+
+def test_bounds_and_probabilities_out_of_range_are_refused():
+    for bound in (0, 2**31, 2.0):
+        with pytest.raises(InputError, match="bound must be"):
+            rng.integers(0, bound, purpose=1)
+    for probability in (-0.1, 1.1, float("nan"), None):
+        with pytest.raises(InputError, match="probability must be"):
+            rng.bernoulli(0, probability, (4,), purpose=1)

@@ -1,5 +1,6 @@
 """The metrics of a run: rows in metrics.jsonl, and TensorBoard events."""
 
+import contextlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import tensorflow as tf
 from absl import logging
 
 from ddpm_tf.callbacks.base import StepCallback, is_due
+from ddpm_tf.errors import StorageError, storage_advice
 from ddpm_tf.files import write_text
 
 
@@ -77,25 +79,37 @@ class Summaries:
     """Writes TensorBoard events into a folder. If TensorBoard is not installed, it logs that once and writes nothing."""
 
     def __init__(self, folder: str) -> None:
+        self._folder = folder
         try:
             import tensorboard  # noqa: F401
         except ImportError:
             logging.info("TensorBoard is not installed: no event files (pip install tensorboard).")
             self._writer = None
         else:
-            self._writer = tf.summary.create_file_writer(folder)
+            with _as_storage_error(folder):
+                self._writer = tf.summary.create_file_writer(folder)
 
     def scalar(self, name: str, value: float, step: int) -> None:
         if self._writer:
-            with self._writer.as_default():
+            with _as_storage_error(self._folder), self._writer.as_default():
                 tf.summary.scalar(name, value, step=step)
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
         """Write one image, uint8 [H, W, C]."""
         if self._writer:
-            with self._writer.as_default():
+            with _as_storage_error(self._folder), self._writer.as_default():
                 tf.summary.image(name, image[None], step=step)
 
     def flush(self) -> None:
         if self._writer:
-            self._writer.flush()
+            with _as_storage_error(self._folder):
+                self._writer.flush()
+
+
+@contextlib.contextmanager
+def _as_storage_error(folder: str) -> Iterator[None]:
+    """Raise TensorFlow's error of writing TensorBoard events as StorageError."""
+    try:
+        yield
+    except tf.errors.OpError as e:
+        raise StorageError(f"{folder} cannot be written to: {e.message}. {storage_advice(e)}") from e

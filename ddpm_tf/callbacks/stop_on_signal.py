@@ -1,19 +1,15 @@
 """SIGTERM and SIGINT: the step is finished, its state is saved, and training ends."""
 
 import os
-import select
 import signal
-import socket
 import threading
 from collections.abc import Mapping
 from types import FrameType
-from typing import Any
 
 from ddpm_tf.callbacks.base import StepCallback
 from ddpm_tf.callbacks.saving import Checkpoints
+from ddpm_tf.callbacks.signals import Signals
 from ddpm_tf.cluster.cluster import Cluster
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopOnSignal(StepCallback):
@@ -42,15 +38,10 @@ class StopOnSignal(StepCallback):
         self.checkpoints, self.grace_period_s = checkpoints, grace_period_s
         self.signal: int | None = None
         self.is_alone = cluster is None or cluster.size == 1
-        self._previous: dict[int, Any] = {}  # the handlers that were installed before
+        self._signals: Signals | None = None
 
     def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
-        # Python runs a handler only after the main thread's C++ call has returned. The thread is woken at once, by a byte
-        # that Python's C handler writes into this socket.
-        self._reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)
-        self._previous = {s: signal.signal(s, self._on_signal) for s in _SIGNALS}
-        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._signals = Signals(self._on_signal)
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -58,10 +49,11 @@ class StopOnSignal(StepCallback):
 
     def _watch(self) -> None:
         """End the process after a second signal, or when the grace period after the first one is over."""
-        first = self._next_signal(None)
+        assert self._signals is not None
+        first = self._signals.next()
         if first is None:
             return
-        second = self._next_signal(self.grace_period_s)
+        second = self._signals.next(self.grace_period_s)
         if second == 0:
             text = (
                 f"{signal.Signals(first).name}: the step did not end within --grace_period_s={self.grace_period_s:g}; left "
@@ -70,16 +62,6 @@ class StopOnSignal(StepCallback):
             os.write(2, text.encode())
         if second is not None:
             os._exit(128 + (second or first))
-
-    def _next_signal(self, timeout: float | None) -> int | None:
-        """Wait for the next signal: its number, 0 after `timeout` seconds without one, None when training has ended."""
-        while select.select([self._reader], [], [], timeout)[0]:
-            byte = self._reader.recv(1)
-            if not byte:
-                return None
-            if byte[0] in _SIGNALS:
-                return byte[0]
-        return 0
 
     def on_train_batch_begin(self, batch: int, logs: Mapping[str, float] | None = None) -> None:
         if self.signal is not None and not self.is_alone:
@@ -102,9 +84,5 @@ class StopOnSignal(StepCallback):
 
     def release(self) -> None:
         """Install the previous signal handlers again. Call it also after an error that ended `fit`."""
-        if self._previous:
-            for number, handler in self._previous.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(-1)
-            self._previous = {}
-            self._writer.close()
+        if self._signals:
+            self._signals.release()

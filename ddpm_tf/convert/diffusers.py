@@ -5,25 +5,29 @@ Dense kernels are [out, in] there and [in, out] here. The levels of the up path 
 the top here.
 """
 
+import contextlib
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from ddpm_tf.convert.diffusers_config import describe_architecture, read_architecture
+from ddpm_tf.convert.diffusers_files import CONFIG, SCHEDULER, WEIGHTS, find_files
+from ddpm_tf.convert.diffusers_scheduler import Scheduler, read_scheduler
 from ddpm_tf.errors import InputError
-from ddpm_tf.files import atomic_folder, check_new_folder
+from ddpm_tf.files import atomic_folder, check_new_folder, made_folder
 from ddpm_tf.networks import UNet
 from ddpm_tf.storage.bundles import assign, check_names
 
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _MAX_HEADER = 100 * 2**20
+# What is read; half precision becomes float32 exactly.
+_DTYPES = ("F32", "F16")
 # The attention keys that diffusers 0.17 renamed: {old: new}.
 _ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # {name of a layer here: its name in diffusers}, in a residual block and in an attention block.
@@ -42,25 +46,46 @@ def load_diffusers(path: str | os.PathLike[str]) -> UNet:
     """A UNet with the architecture and weights of a diffusers `UNet2DModel`.
 
     Args:
-        path: a folder with config.json and one .safetensors file, or the .safetensors file beside its config.json.
+        path: a folder with config.json and .safetensors, in one file or in shards; a pipeline's folder, which has it as
+            unet/; or the .safetensors file itself.
 
     Raises:
         InputError: files that are missing or damaged, a format that can run code, an architecture that is not Ho et al.'s
             (names the config key), or weights that do not fit the architecture (lists them).
     """
-    weights, config_path = _find_files(os.fspath(path))
-    architecture = read_architecture(config_path)
-    _check_size(architecture, weights, config_path)
+    files = find_files(os.fspath(path))
+    architecture = read_architecture(files.config)
+    _check_size(architecture, files.weights, files.config)
     network = UNet(**architecture)
     expected = {diffusers_name(v.path, len(network.ch_mult)): v for v in network.variables}
     shapes = {name: _their_shape(v) for name, v in expected.items()}
-    arrays = _read_safetensors(weights, shapes)
+    arrays = _read_safetensors(files.weights, shapes)
     ours = {name: _to_ours(arrays[name], v) for name, v in expected.items()}
-    assign(expected, ours, weights)
+    assign(expected, ours, files.weights[0])
     return network
 
 
-def save_diffusers(network: UNet, path: str | os.PathLike[str]) -> None:
+def load_diffusers_scheduler(path: str | os.PathLike[str]) -> Scheduler | None:
+    """What the scheduler_config.json of a model says, or None if there is none.
+
+    Args:
+        path: as for `load_diffusers`. The file lies beside the weights, or in the scheduler/ beside their folder.
+
+    Raises:
+        InputError: a file that cannot be read or says what this program does not have, or two files that differ.
+    """
+    first = None
+    for each in map(read_scheduler, find_files(os.fspath(path)).scheduler):
+        if first and (first.facts, first.choices, first.foreign) != (each.facts, each.choices, each.foreign):
+            raise InputError(
+                f"{first.path} and {each.path} say different things, and both belong to these weights. Move the wrong one "
+                "away."
+            )
+        first = first or each
+    return first
+
+
+def save_diffusers(network: UNet, path: str | os.PathLike[str], *, scheduler: Mapping[str, Any] | None = None) -> None:
     """Write a UNet as a diffusers `UNet2DModel` folder, which appears whole or not at all.
 
     The attention weights have the keys of diffusers 0.17 and later.
@@ -68,22 +93,27 @@ def save_diffusers(network: UNet, path: str | os.PathLike[str]) -> None:
     Args:
         network: a UNet without classes, pixel blocks or resampling without convolution, with the paper's theta.
         path: a new or empty folder.
+        scheduler: the content of scheduler_config.json, as `describe_scheduler` makes it; None: there will be no such file.
 
     Raises:
         InputError: a network that UNet2DModel cannot be, or a folder that is not empty.
+        OSError: it cannot be written; nothing is left of it.
     """
     path = os.fspath(path)
     check_new_folder(path, "path")
-    config = describe_architecture(network)
+    documents = {CONFIG: describe_architecture(network), SCHEDULER: scheduler}
     arrays = {}
     for v in network.variables:
         name = diffusers_name(v.path, len(network.ch_mult))
         arrays[name] = np.ascontiguousarray(_to_theirs(v.numpy(), v))
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with atomic_folder(path) as folder:
-        save_file(arrays, os.path.join(folder, _WEIGHTS), metadata={"format": "pt"})
-        with open(os.path.join(folder, "config.json"), "w") as f:
-            json.dump(config, f, indent=2)
+    with made_folder(os.path.dirname(os.path.abspath(path))), atomic_folder(path) as folder:
+        # safetensors' own save_file makes a file that only its owner can read, and its errors are no OSErrors.
+        with open(os.path.join(folder, WEIGHTS), "wb") as f:
+            f.write(save(arrays, metadata={"format": "pt"}))
+        for name, content in documents.items():
+            if content is not None:
+                with open(os.path.join(folder, name), "w") as f:
+                    json.dump(content, f, indent=2)
 
 
 def diffusers_name(path: str, levels: int) -> str:
@@ -114,76 +144,73 @@ def diffusers_name(path: str, levels: int) -> str:
     return f"{place}.{kind}.{number}.{names[rest[0]]}.{leaf}"
 
 
-def _check_size(architecture: Mapping[str, Any], weights: str, config_path: str) -> None:
-    """Refuse an architecture whose 3x3 convolutions alone are larger than the file, before the network is made."""
+def _check_size(architecture: Mapping[str, Any], weights: Sequence[str], config_path: str) -> None:
+    """Refuse an architecture whose 3x3 convolutions alone are larger than the files, before the network is made."""
     blocks = 2 * architecture["num_res_blocks"] + 1
     widths = [architecture["ch"] * m for m in architecture["ch_mult"]]
-    least = 4 * 9 * (blocks * sum(w * w for w in widths) + 4 * widths[-1] ** 2)
-    if least > os.path.getsize(weights):
+    least = 2 * 9 * (blocks * sum(w * w for w in widths) + 4 * widths[-1] ** 2)  # 2 bytes each, in half precision
+    present = sum(os.path.getsize(path) for path in weights)
+    if least > present:
         raise InputError(
-            f"{config_path} describes a network of more than {least:,} bytes, but {weights} has "
-            f"{os.path.getsize(weights):,}: the file is truncated, or weights and config do not belong together."
+            f"{config_path} describes a network of more than {least:,} bytes, but {_named(weights)} has {present:,}: the "
+            "weights are truncated, or weights and config do not belong together."
         )
 
 
-def _find_files(path: str) -> tuple[str, str]:
-    """The weights' file and its config.json."""
-    if os.path.isdir(path):
-        names = sorted(n for n in os.listdir(path) if n.endswith(".safetensors"))
-        others = sorted(n for n in os.listdir(path) if n.endswith((".bin", ".pt", ".ckpt", ".msgpack")))
-        if _WEIGHTS in names:
-            names = [_WEIGHTS]
-        if len(names) != 1:
-            hint = f" {others[0]} is not read: its format can run code when it is loaded." if others else ""
-            raise InputError(f"{path} has {len(names)} .safetensors files, expected {_WEIGHTS}.{hint}")
-        weights = os.path.join(path, names[0])
-    else:
-        weights = path
-        if not os.path.isfile(path):
-            raise InputError(f"{path} does not exist; expected a folder with config.json and {_WEIGHTS}.")
-        if not path.endswith(".safetensors"):
-            raise InputError(
-                f"{path} is not a .safetensors file. Pickles (.bin, .pt, .ckpt), .h5 and .keras files are not read, because "
-                "they can run code when they are loaded. Save the model with save_pretrained(safe_serialization=True)."
-            )
-    config = os.path.join(os.path.dirname(weights), "config.json")
-    if not os.path.isfile(config):
-        raise InputError(f"{config} does not exist; the architecture is read from it.")
-    return weights, config
+def _named(paths: Sequence[str]) -> str:
+    """A file, or the first of several and their number, for messages."""
+    return paths[0] if len(paths) == 1 else f"{paths[0]} (with its {len(paths) - 1} other shards)"
 
 
-def _read_safetensors(path: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """{key: array}, with the new attention keys. Names, shapes and types are checked before any tensor is read.
+def _read_safetensors(paths: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """{key: float32 array}, with the new attention keys. Names, shapes and types are checked before any tensor is read.
 
     Args:
-        shapes: {key: shape} that the file must have.
+        paths: one file, or the shards that together hold every key once.
+        shapes: {key: shape} that they must have.
     """
+    for path in paths:
+        _check_header(path)
+    with contextlib.ExitStack() as stack:
+        try:
+            tensors: dict[str, tuple[Any, str]] = {}
+            for path in paths:
+                file = stack.enter_context(safe_open(path, framework="numpy"))
+                for key in file.keys():  # noqa: SIM118 - not a dict
+                    if _new_style(key) in tensors:
+                        raise InputError(
+                            f"{path} holds {key} a second time: an attention weight is there under its old and its new key, or "
+                            "a weight is in two shards."
+                        )
+                    tensors[_new_style(key)] = (file, key)
+            slices = {name: file.get_slice(key) for name, (file, key) in tensors.items()}
+            stored = {name: tuple(s.get_shape()) for name, s in slices.items()}
+            check_names(shapes, _without_unit_axes(stored, shapes), _named(paths))
+            for name, s in slices.items():
+                if s.get_dtype() not in _DTYPES:
+                    raise InputError(
+                        f"{_named(paths)}: {name} is {s.get_dtype()}, expected F32 or F16. Save the model again in float32: "
+                        "model.float().save_pretrained(NEW_FOLDER)."
+                    )
+            arrays = {name: file.get_tensor(key).astype(np.float32) for name, (file, key) in tensors.items()}
+        except SafetensorError as e:
+            raise InputError(f"{_named(paths)} is damaged: {e}. Copy or download it again.") from e
+    infinite = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+    if infinite:
+        raise InputError(f"{_named(paths)}: {infinite[0]} has values that are not finite.")
+    return {name: array.reshape(shapes[name]) for name, array in arrays.items()}
+
+
+def _check_header(path: str) -> None:
+    """Refuse a file whose first 8 bytes, the header's length, do not fit it."""
     with open(path, "rb") as f:
         start = f.read(8)
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
     if not 2 <= length <= min(_MAX_HEADER, os.path.getsize(path) - 8):
         raise InputError(
             f"{path} is not a safetensors file: its header claims {length:,} bytes, the file has "
-            f"{os.path.getsize(path):,}."
+            f"{os.path.getsize(path):,}. Copy or download it again."
         )
-    try:
-        with safe_open(path, framework="numpy") as f:
-            keys = {key: _new_style(key) for key in f.keys()}  # noqa: SIM118 - not a dict
-            slices = {new: f.get_slice(key) for key, new in keys.items()}
-            if len(slices) != len(keys):
-                raise InputError(f"{path} holds an attention weight under its old and its new key.")
-            stored = {new: tuple(s.get_shape()) for new, s in slices.items()}
-            check_names(shapes, _without_unit_axes(stored, shapes), path)
-            others = [name for name, s in slices.items() if s.get_dtype() != "F32"]
-            if others:
-                raise InputError(f"{path}: {others[0]} is {slices[others[0]].get_dtype()}, expected F32.")
-            arrays = {new: f.get_tensor(key) for key, new in keys.items()}
-    except SafetensorError as e:
-        raise InputError(f"{path} is damaged: {e}") from e
-    infinite = [name for name, array in arrays.items() if not np.isfinite(array).all()]
-    if infinite:
-        raise InputError(f"{path}: {infinite[0]} has values that are not finite.")
-    return {name: array.reshape(shapes[name]) for name, array in arrays.items()}
 
 
 def _new_style(key: str) -> str:

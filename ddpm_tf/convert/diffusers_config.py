@@ -1,13 +1,14 @@
 """config.json of a diffusers `UNet2DModel`: to and from the arguments of a UNet."""
 
-import json
 import math
-from typing import Any, TypeGuard
+from typing import Any
 
+from ddpm_tf.convert.json_file import is_int, is_number, read_object, shown
 from ddpm_tf.errors import InputError
 from ddpm_tf.networks import UNet
 
 _NORM_EPS = 1e-6
+_MAX_CHANNELS = 65536
 # {key: (its value for the network of Ho et al., diffusers' default where the key is absent)}.
 _FIXED = {
     "downsample_padding": (0, 1),
@@ -19,7 +20,6 @@ _FIXED = {
     "time_embedding_type": ("positional", "positional"),
     "mid_block_scale_factor": (1, 1),
     "attention_head_dim": (None, 8),
-    "attn_norm_num_groups": (None, None),
     "resnet_time_scale_shift": ("default", "default"),
     "downsample_type": ("conv", "conv"),
     "upsample_type": ("conv", "conv"),
@@ -44,11 +44,11 @@ def read_architecture(path: str) -> dict[str, Any]:
     has_attn = _attention_levels(config, len(channels), path)
     ch = channels[0]
     if any(c % ch for c in channels):
-        raise InputError(f"{path}: block_out_channels {channels} must be multiples of the first.")
+        raise InputError(f"{path}: block_out_channels is {shown(channels)}; they must be multiples of the first.")
     height, width = _size(config, path)
     dropout = config.get("dropout", 0.0)
-    if not _is_number(dropout) or not 0 <= dropout < 1:
-        raise InputError(f"{path}: dropout is {dropout!r}, expected a number within [0, 1).")
+    if not is_number(dropout) or not 0 <= dropout < 1:
+        raise InputError(f"{path}: dropout is {shown(dropout)}, expected a number within [0, 1).")
     return {
         "image_shape": (height, width, _count("in_channels", config.get("in_channels", 3), path)),
         "out_channels": _count("out_channels", config.get("out_channels", 3), path),
@@ -57,7 +57,7 @@ def read_architecture(path: str) -> dict[str, Any]:
         "num_res_blocks": _count("layers_per_block", config.get("layers_per_block", 2), path),
         "attn_resolutions": tuple(height >> level for level in range(len(channels)) if has_attn[level]),
         "dropout": float(dropout),
-        "num_groups": _count("norm_num_groups", config.get("norm_num_groups", 32), path),
+        "num_groups": _count("norm_num_groups", config.get("norm_num_groups", 32), path, most=_MAX_CHANNELS),
     }
 
 
@@ -87,28 +87,33 @@ def describe_architecture(network: UNet) -> dict[str, Any]:
         "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(has_attn)],
         "dropout": network.dropout,
         "norm_num_groups": network.num_groups,
+        "attn_norm_num_groups": None,
         **{key: value for key, (value, _) in _FIXED.items()},
     }
 
 
 def _read_config(path: str) -> dict[str, Any]:
     """The parsed file, with every key of _FIXED as the network of Ho et al. needs it."""
-    try:
-        with open(path) as f:
-            config = json.load(f)
-        if not isinstance(config, dict):
-            raise ValueError("it is not a JSON object")
-    except (OSError, ValueError) as e:  # JSON and UTF-8 errors are ValueErrors
-        raise InputError(f"{path} cannot be read as a diffusers config: {e}") from e
+    config = read_object(path, "a diffusers config")
     if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise InputError(f"{path} describes a {config['_class_name']}, expected a UNet2DModel.")
+        raise InputError(f"{path} describes {shown(config['_class_name'])}, expected a UNet2DModel.")
     for key, (needed, default) in _FIXED.items():
         value = config.get(key, default)
-        is_close = key == "norm_eps" and _is_number(value) and math.isclose(value, _NORM_EPS)
+        is_close = key == "norm_eps" and is_number(value) and math.isclose(value, _NORM_EPS)
         if value != needed and not is_close:
             raise InputError(
-                f"{path}: {key} is {value!r}, but the network of Ho et al. has {needed!r}; this is another network."
+                f"{path}: {key} is {shown(value)}, but the network of Ho et al. has {needed!r}; this is another network."
             )
+    if (
+        config.get("mid_block_type", "UNetMidBlock2D") != "UNetMidBlock2D"
+    ):  # a key of newer versions, which is not written
+        raise InputError(f"{path}: mid_block_type is {shown(config['mid_block_type'])}, expected UNetMidBlock2D.")
+    groups = config.get("norm_num_groups", 32)
+    if config.get("attn_norm_num_groups") not in (None, groups):
+        raise InputError(
+            f"{path}: attn_norm_num_groups is {shown(config['attn_norm_num_groups'])}, expected null or "
+            f"norm_num_groups={shown(groups)}: here all normalisations have the same number of groups."
+        )
     return config
 
 
@@ -122,37 +127,31 @@ def _attention_levels(config: dict[str, Any], levels: int, path: str) -> list[bo
             or len(types) != levels
             or any(not isinstance(t, str) or t not in known for t in types)
         ):
-            raise InputError(f"{path}: {key} is {types!r}; expected {levels} of {sorted(known)}.")
+            raise InputError(f"{path}: {key} is {shown(types)}; expected {levels} of {sorted(known)}.")
     has_attn = [_DOWN[t] for t in down]
     if has_attn != [_UP[t] for t in reversed(up)]:
-        raise InputError(f"{path}: attention on the way up ({up}) is not at the levels of the way down ({down}).")
+        raise InputError(
+            f"{path}: attention on the way up ({shown(up)}) is not at the levels of the way down ({shown(down)})."
+        )
     return has_attn
 
 
 def _size(config: dict[str, Any], path: str) -> list[int]:
     """[height, width]; a single number in the file is a square."""
     size = config.get("sample_size")
-    size = _positive_ints("sample_size", [size] * 2 if _is_int(size) else size, path)
+    size = _positive_ints("sample_size", [size] * 2 if is_int(size) else size, path)
     if len(size) != 2:
         raise InputError(f"{path}: sample_size is {size}, expected one number or two.")
     return size
 
 
-def _count(key: str, value: object, path: str) -> int:
-    if not _is_int(value) or not 0 < value <= 64:
-        raise InputError(f"{path}: {key} is {value!r}, expected a positive integer of at most 64.")
+def _count(key: str, value: object, path: str, *, most: int = 64) -> int:
+    if not is_int(value) or not 0 < value <= most:
+        raise InputError(f"{path}: {key} is {shown(value)}, expected a positive integer of at most {most}.")
     return value
 
 
 def _positive_ints(key: str, values: object, path: str) -> list[int]:
-    if not isinstance(values, list) or not values or not all(_is_int(v) and 0 < v <= 65536 for v in values):
-        raise InputError(f"{path}: {key} is {values!r}, expected positive integers.")
+    if not isinstance(values, list) or not values or not all(is_int(v) and 0 < v <= _MAX_CHANNELS for v in values):
+        raise InputError(f"{path}: {key} is {shown(values)}, expected positive integers.")
     return values
-
-
-def _is_int(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)

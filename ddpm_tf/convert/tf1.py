@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from ddpm_tf.errors import InputError
+from ddpm_tf.paths import check_local
 from ddpm_tf.storage.bundles import assign, check_names, read_bundle, write_bundle
 
 _Value = TypeVar("_Value")
@@ -71,6 +72,7 @@ def read_tf1_checkpoint(
             together: a moving average or moments of some weights only, or a beta power that contradicts the step.
     """
     path = os.fspath(path)
+    check_local(path, "path")
     if path.lower().endswith(_CODE):
         raise InputError(
             f"{path} is not read, because its format can run code when it is loaded. Expected a TensorFlow checkpoint, as the "
@@ -166,11 +168,10 @@ def save_tf1_checkpoint(
         beta_1, beta_2: Adam's settings. With m and v, their powers after `step` steps are written.
 
     Raises:
-        InputError: there is a checkpoint at `path` already.
+        InputError: as `check_new_checkpoint`.
     """
     path = os.fspath(path)
-    if os.path.exists(path + ".index"):
-        raise InputError(f"{path}.index exists, and nothing is written over it. Choose another path.")
+    check_new_checkpoint(path)
     arrays: dict[str, Any] = dict(state.weights)
     arrays |= {name + _EMA: array for name, array in state.ema.items()}
     if state.m is not None and state.v is not None and state.step is not None:
@@ -181,6 +182,27 @@ def save_tf1_checkpoint(
     if state.step is not None:
         arrays["global_step"] = np.int64(state.step)
     write_bundle(path, arrays)
+
+
+def check_new_checkpoint(path: str, name: str = "path") -> None:
+    """Refuse a path that `save_tf1_checkpoint` cannot write to; write nothing.
+
+    Args:
+        name: the flag or argument that gave the path.
+
+    Raises:
+        InputError: no local path, a folder, a name with a suffix, or the path of a checkpoint that exists.
+    """
+    check_local(path, name)
+    if os.path.isdir(path) or os.path.basename(path) in ("", ".", ".."):
+        raise InputError(
+            f"{name}={path} is a folder; expected what the names of the files begin with, for example "
+            f"{os.path.join(path, 'model.ckpt-1200')}."
+        )
+    if path.endswith((".index", ".meta")) or ".data-" in os.path.basename(path):
+        raise InputError(f"{name}={path} has a suffix; give it without, because every file gets its own.")
+    if os.path.lexists(path + ".index"):
+        raise InputError(f"{name}={path}: {path}.index exists, and nothing is written over it. Choose another path.")
 
 
 # {the release's word in kwargs.json: ours}.

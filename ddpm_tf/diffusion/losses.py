@@ -7,11 +7,12 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
+from ddpm_tf import checks
 from ddpm_tf.choices import Choice, choose
 from ddpm_tf.diffusion.gaussian import discretized_gaussian_log_likelihood, extract, mean_flat, normal_kl
 from ddpm_tf.diffusion.prediction import PREDICTIONS
 from ddpm_tf.diffusion.process import GaussianDiffusion
-from ddpm_tf.errors import InputError, unknown_name
+from ddpm_tf.errors import InputError
 
 _NATS_PER_BIT = math.log(2.0)
 LossFunction = Callable[..., tf.Tensor]
@@ -156,6 +157,8 @@ def loss_weights(diffusion: GaussianDiffusion, name: str, **settings: float) -> 
             published.
     """
     factor = choose("loss weight", name, LOSS_WEIGHTS, settings)
+    for setting in settings:
+        checks.real(setting, settings[setting])
     if name == "none":
         return np.ones(diffusion.num_timesteps)
     if diffusion.prediction not in _EPS_ERROR:
@@ -178,8 +181,7 @@ def make_loss(name: str, diffusion: GaussianDiffusion, *, weight: str = "none", 
     Raises:
         InputError: unknown names, or a combination that makes no sense, with the reason.
     """
-    if name not in LOSSES:
-        raise unknown_name("loss", name, LOSSES)
+    checks.known("loss", name, LOSSES)
     loss, weights = LOSSES[name], loss_weights(diffusion, weight, **settings)
     if diffusion.has_learned_variance not in loss.variances:
         raise InputError(f"Loss {name!r} makes no sense with variance {diffusion.variance!r}: {loss.reason}.")

@@ -6,11 +6,14 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from ddpm_tf import checks
 from ddpm_tf.diffusion.gaussian import extract
 from ddpm_tf.diffusion.prediction import PREDICTIONS, eps_from_x_0
 from ddpm_tf.diffusion.schedules import Schedule
 from ddpm_tf.diffusion.variance import VARIANCES
-from ddpm_tf.errors import InputError, unknown_name
+from ddpm_tf.errors import InputError
+
+_LEAST_FINAL_ALPHAS_CUMPROD = 1e-76  # the root of its inverse is as large as float32 holds
 
 
 class PMeanVariance(NamedTuple):
@@ -34,8 +37,8 @@ class GaussianDiffusion:
             posterior variance and beta, improved DDPM Eq. 15). A learned one doubles the network's output channels.
 
     Raises:
-        InputError: unknown names, or prediction eps with a chain that ends without any signal (jsd), from
-            which no x_0 can be computed.
+        InputError: unknown names, or prediction eps with a chain that ends without any signal, from which no x_0 can be
+            computed. jsd ends so for every T, and other schedules do where their last beta is 1.
     """
 
     schedule: Schedule
@@ -44,14 +47,18 @@ class GaussianDiffusion:
     variance: str = "fixed_large"
 
     def __post_init__(self) -> None:
-        if self.prediction not in PREDICTIONS:
-            raise unknown_name("prediction", self.prediction, PREDICTIONS)
-        if self.variance not in VARIANCES:
-            raise unknown_name("variance", self.variance, VARIANCES)
-        if self.prediction == "eps" and self.schedule.alphas_cumprod[-1] <= 0:
+        if not isinstance(self.schedule, Schedule):
             raise InputError(
-                "This chain ends at alphas_cumprod = 0: prediction 'eps' cannot recover x_0 there. Use prediction 'x_0' or "
-                "'v', or another schedule."
+                f"schedule must be a Schedule, found {type(self.schedule).__name__}: Schedule(betas) makes one."
+            )
+        checks.known("prediction", self.prediction, PREDICTIONS)
+        checks.known("variance", self.variance, VARIANCES)
+        last = self.schedule.alphas_cumprod[-1]
+        if self.prediction == "eps" and last < _LEAST_FINAL_ALPHAS_CUMPROD:
+            raise InputError(
+                f"This chain ends at alphas_cumprod = {last:.3g}: prediction 'eps' cannot recover x_0 there, since 1 / sqrt("
+                "alphas_cumprod) is not finite in float32. Use prediction 'x_0' or 'v', or a schedule with smaller betas or "
+                "fewer timesteps."
             )
 
     @property

@@ -6,8 +6,9 @@ import functools
 import numpy as np
 from absl import logging
 
+from ddpm_tf import checks
 from ddpm_tf.choices import Choice, choose
-from ddpm_tf.errors import InputError, unknown_name
+from ddpm_tf.errors import InputError
 
 # Above this much signal left at the last timestep, x_T ~ N(0, I) is no longer a fair start.
 _MAX_FINAL_ALPHAS_CUMPROD = 1e-3
@@ -83,7 +84,7 @@ def make_betas(name: str, num_timesteps: int, **settings: float) -> np.ndarray:
     Args:
         name: linear, quad, warmup10, warmup50, const, jsd (the original's six); linear_scaled (endpoints
             times 1000/T); cosine (improved DDPM Eq. 17) and sigmoid (Jabri et al. 2022), both capped at 0.999.
-        num_timesteps: T >= 1.
+        num_timesteps: T, 1 to 1,000,000.
         settings: of the schedule that is named. beta_start=1e-4 and beta_end=0.02 are the endpoints (const has beta_end
             alone; jsd, cosine and sigmoid have none); s=0.008 is the offset of cosine, at least 0; start=-3, end=3 and
             tau=1 say which part of the logistic curve sigmoid follows, at which temperature.
@@ -92,21 +93,27 @@ def make_betas(name: str, num_timesteps: int, **settings: float) -> np.ndarray:
         float64 [T].
 
     Raises:
-        InputError: unknown name, T < 1, settings that give a beta outside (0, 1], or a setting of another schedule that is
-            not at its default.
+        InputError: unknown name, T outside 1..1,000,000, settings that are no finite numbers or give a beta outside
+            (0, 1], or a setting of another schedule that is not at its default.
     """
     make = choose("beta schedule", name, BETA_SCHEDULES, settings)
-    if num_timesteps < 1:
-        raise InputError(f"num_timesteps must be at least 1, found {num_timesteps}.")
+    num_timesteps = checks.integer("num_timesteps", num_timesteps, low=1, high=checks.MAX_TIMESTEPS)
+    for setting in settings:
+        checks.real(setting, settings[setting])
     with np.errstate(all="ignore"):  # what is not finite is reported below
         betas = make(num_timesteps)
     return _checked_betas(betas, (*BETA_SCHEDULES[name].settings, "num_timesteps"))
 
 
 def _checked_betas(betas: np.ndarray, settings: tuple[str, ...] = ("betas",)) -> np.ndarray:
-    betas = np.array(betas, np.float64)
-    if betas.ndim != 1 or betas.size == 0:
-        raise InputError(f"betas must be one-dimensional and not empty, found shape {betas.shape}.")
+    try:
+        betas = np.array(betas, np.float64)
+    except (TypeError, ValueError) as e:
+        raise InputError(f"betas must be numbers, [T], found {type(betas).__name__}: {e}.") from e
+    if betas.ndim != 1 or not 1 <= betas.size <= checks.MAX_TIMESTEPS:
+        raise InputError(
+            f"betas must have the shape [T], T within 1..{checks.MAX_TIMESTEPS}, found {list(betas.shape)}."
+        )
     bad = np.flatnonzero(~((betas > 0) & (betas <= 1)))
     if bad.size:
         raise InputError(
@@ -152,7 +159,7 @@ class Schedule:
         alphas = 1.0 - betas
         alphas_cumprod = np.cumprod(alphas)
         alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
-        with np.errstate(divide="ignore"):  # jsd ends at alphas_cumprod = 0
+        with np.errstate(divide="ignore", over="ignore"):  # jsd ends at alphas_cumprod = 0, others near it
             tables = {
                 "betas": betas,
                 "alphas": alphas,
@@ -168,7 +175,7 @@ class Schedule:
                 "posterior_mean_coef2": (1.0 - alphas_cumprod_prev) * np.sqrt(alphas) / (1.0 - alphas_cumprod),
             }
         tables["posterior_log_variance_clipped"] = np.log(_first_from_second(tables["posterior_variance"], betas))
-        tables["timesteps"] = np.arange(betas.size) if self.timesteps is None else np.array(self.timesteps)
+        tables["timesteps"] = np.arange(betas.size) if self.timesteps is None else self._checked_timesteps(betas)
         for name, table in tables.items():
             table.setflags(write=False)
             object.__setattr__(self, name, table)
@@ -180,6 +187,13 @@ class Schedule:
                 alphas_cumprod[-1],
                 _MAX_FINAL_ALPHAS_CUMPROD,
             )
+
+    def _checked_timesteps(self, betas: np.ndarray) -> np.ndarray:
+        high = checks.MAX_TIMESTEPS - 1 if self.trained is None else self.trained.num_timesteps - 1
+        timesteps = checks.integers("timesteps", self.timesteps, low=0, high=high, shape=betas.shape)
+        if np.any(np.diff(timesteps) <= 0):
+            raise InputError(f"timesteps must ascend without repeats, found {timesteps}.")
+        return timesteps
 
     @property
     def num_timesteps(self) -> int:
@@ -199,9 +213,8 @@ class Schedule:
         Raises:
             InputError: indices that are empty, out of range, repeated or not ascending.
         """
-        kept = np.asarray(kept)
-        inside = kept.ndim == 1 and kept.size > 0 and kept.min() >= 0 and kept.max() < self.num_timesteps
-        if not inside or np.any(np.diff(kept) <= 0):
+        kept = checks.integers("The kept timesteps", kept, low=0, high=self.num_timesteps - 1)
+        if not kept.size or np.any(np.diff(kept) <= 0):
             raise InputError(
                 f"The kept timesteps must ascend without repeats within 0..{self.num_timesteps - 1}, found {kept}."
             )
@@ -268,10 +281,9 @@ def space_timesteps(num_timesteps: int, num_steps: int, spacing: str) -> np.ndar
     Raises:
         InputError: unknown spacing, or S outside 1..T.
     """
-    if spacing not in TIMESTEP_SPACINGS:
-        raise unknown_name("timestep spacing", spacing, TIMESTEP_SPACINGS)
-    if not 1 <= num_steps <= num_timesteps:
-        raise InputError(f"num_steps must be within 1..{num_timesteps} (the trained chain), found {num_steps}.")
+    checks.known("timestep spacing", spacing, TIMESTEP_SPACINGS)
+    num_timesteps = checks.integer("num_timesteps", num_timesteps, low=1, high=checks.MAX_TIMESTEPS)
+    num_steps = checks.integer("num_steps", num_steps, low=1, high=num_timesteps)
     if num_steps == 1:
         return np.array([num_timesteps - 1])
     return TIMESTEP_SPACINGS[spacing](num_timesteps, num_steps)

@@ -1,14 +1,16 @@
 """The variational bound in bits/dim, term by term (Eq. 5; Table 1's NLL)."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
-from ddpm_tf import rng
+from ddpm_tf import checks, rng
 from ddpm_tf.diffusion import losses
 from ddpm_tf.diffusion.gaussian import mean_flat
 from ddpm_tf.diffusion.process import GaussianDiffusion
+from ddpm_tf.errors import InputError
 
 
 class BitsPerDim(NamedTuple):
@@ -30,7 +32,7 @@ def bits_per_dim(
     diffusion: GaussianDiffusion,
     denoise_fn: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
     x_0: tf.Tensor,
-    seeds: tf.Tensor,
+    seeds: Any,
     *,
     noise_fn: Callable[..., tf.Tensor] = bound_noise,
 ) -> BitsPerDim:
@@ -40,15 +42,17 @@ def bits_per_dim(
         diffusion: GaussianDiffusion, over the whole chain.
         denoise_fn: (x_t [B, H, W, C], t int32 [B]) -> network output.
         x_0: float32 [B, H, W, C], the 256 grey levels in [-1, 1].
-        seeds: int64 [B], one per image.
+        seeds: integers of 64 bits, [B], one per image.
         noise_fn: (seeds, t, image_shape) -> N(0, I), [B, H, W, C].
 
     Returns:
         BitsPerDim; x_0 is clipped in every term, as in the original.
 
     Raises:
+        InputError: images of another type or range, or seeds that are not one integer per image.
         tf.errors.InvalidArgumentError: a term that is not finite, with its timestep and the terms of the batch's images.
     """
+    x_0, seeds = _checked(x_0, seeds)
     T, batch, image_shape = diffusion.num_timesteps, tf.shape(x_0)[0], tuple(x_0.shape[1:])
 
     def body(t: tf.Tensor, terms: tf.TensorArray, mse: tf.TensorArray) -> tuple:
@@ -70,3 +74,21 @@ def bits_per_dim(
     terms, mse = (tf.transpose(a.stack()) for a in (terms, mse))  # [B, T]
     prior = losses.prior_bpd(diffusion, x_0)
     return BitsPerDim(tf.reduce_sum(terms, axis=1) + prior, terms, prior, mse)
+
+
+def _checked(x_0: Any, seeds: Any) -> tuple[tf.Tensor, tf.Tensor]:
+    """Images and seeds as tensors. Inside a graph only types and known shapes are looked at: no values exist yet."""
+    is_graph = tf.is_tensor(x_0) and not tf.executing_eagerly()
+    if not is_graph:
+        x_0 = np.asarray(x_0)
+        if x_0.dtype != np.float32 or x_0.ndim != 4:
+            raise InputError(f"x_0 must be float32 [B, H, W, C] in [-1, 1], found {x_0.dtype} {list(x_0.shape)}.")
+        checks.reals("The values of x_0", x_0, low=-1, high=1, shape=x_0.shape)
+        return tf.constant(x_0), tf.constant(checks.integers("seeds", seeds, **checks.INT64, shape=x_0.shape[:1]))
+    if not tf.is_tensor(seeds):
+        seeds = tf.constant(checks.integers("seeds", seeds, **checks.INT64))
+    if not seeds.dtype.is_integer or not seeds.shape.is_compatible_with(x_0.shape[:1]):
+        raise InputError(
+            f"seeds must be one integer per image, found {seeds.dtype.name} {seeds.shape} for {x_0.shape}."
+        )
+    return x_0, seeds

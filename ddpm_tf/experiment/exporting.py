@@ -13,10 +13,11 @@ from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.diffusion.schedules import space_timesteps
 from ddpm_tf.errors import InputError, unknown_name
 from ddpm_tf.experiment.inference import load_sampler
+from ddpm_tf.paths import check_local, is_literal
 from ddpm_tf.samplers.base import Sampler
 from ddpm_tf.serving import model_card, portable, warmup
 from ddpm_tf.serving.export import save_model
-from ddpm_tf.serving.server_files import check_name, write_server_files
+from ddpm_tf.serving.server_files import check_name, check_server_files, write_server_files
 from ddpm_tf.serving.versions import choose_version, list_versions, new_version
 
 SAVED_MODEL = "saved_model"
@@ -56,6 +57,7 @@ def export(
         WorkdirError, StorageError: a folder that cannot be written to.
     """
     start = time.monotonic()
+    check_local(out, "--out")
     out = os.path.abspath(out)
     if format not in (SAVED_MODEL, *portable.FORMATS):
         raise unknown_name("format", format, (SAVED_MODEL, *portable.FORMATS))
@@ -64,6 +66,9 @@ def export(
     check_name(os.path.basename(out))
     version = choose_version(out, version)
     _check_format(out, format)
+    models = os.path.dirname(out)
+    if format == SAVED_MODEL:
+        check_server_files(models, max_batch)
     inference, sampler = load_sampler(workdir, ema=ema, settings=settings)
     bound_diffusion = _bound_diffusion(inference.diffusion, sampler.num_steps if bpd_steps is None else bpd_steps)
     fields = {
@@ -74,7 +79,6 @@ def export(
         "weights": "moving average" if ema else "weights",
         "evaluation": _evaluation(workdir),
     }
-    models = os.path.dirname(out)
     with new_version(out, version) as folder:
         if format == SAVED_MODEL:
             functions = save_model(folder, inference.network, sampler, bound_diffusion, max_batch=max_batch)
@@ -87,6 +91,11 @@ def export(
     report = f"{', '.join(functions)} in {os.path.join(out, str(version))} ({time.monotonic() - start:.0f} s)."
     if format != SAVED_MODEL:
         return report
+    if not is_literal(out):
+        report += (
+            f"\ntf.saved_model.load takes one of [ ] * ? \\ in the path {out} for a pattern: give it a path without, for "
+            f"example after cd {shlex.quote(out)} the path {version}."
+        )
     return f"{report}\nServe it: cd {shlex.quote(models)} && docker compose --profile cpu up"
 
 

@@ -1,13 +1,14 @@
 """Generating: a stream of batches of images, of which only one is in memory."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from ddpm_tf import images
-from ddpm_tf.errors import InputError, NumericsError
+from ddpm_tf import checks, images
+from ddpm_tf.errors import NumericsError
 from ddpm_tf.networks.contract import Network
 from ddpm_tf.samplers import sample
 from ddpm_tf.samplers.base import Sampler
@@ -24,6 +25,7 @@ class Batch(NamedTuple):
 
 def labels_in_turn(network: Network, num_images: int) -> np.ndarray | None:
     """The classes 0, 1, ..., num_classes - 1, 0, ..., int32 [num_images]; None for an unconditional network."""
+    num_images = checks.integer("num_images", num_images, low=1, high=checks.MAX_IMAGES)
     num_classes = getattr(network, "num_classes", None)
     return None if num_classes is None else np.arange(num_images, dtype=np.int32) % num_classes
 
@@ -35,7 +37,7 @@ def generate(
     num_images: int,
     seed: int = 0,
     labels: Any = None,
-    guidance: float | None = None,
+    guidance: Any = None,
     batch_size: int = 64,
     part: slice = slice(None),
     strategy: tf.distribute.Strategy | None = None,
@@ -43,8 +45,8 @@ def generate(
     """Images from the seeds seed, seed + 1, ..., batch by batch.
 
     Args:
-        labels: one integer or num_images of them; None: the classes in turn, if the network has classes.
-        guidance: weight of classifier-free guidance; None: conditional.
+        labels: num_images integers, or a plain one for all; None: the classes in turn, if the network has classes.
+        guidance: weights of classifier-free guidance, num_images of them, or a plain number for all; None: conditional.
         batch_size: images at once, on all replicas together.
         part: which of the images are wanted.
         strategy: the strategy under which the network's variables were made; all its replicas draw. None: one device.
@@ -53,17 +55,19 @@ def generate(
         NumericsError: an image is not finite; the message names its seed and the first timestep at fault.
         InputError: numbers out of range, labels or guidance that do not fit the network; before anything is drawn.
     """
-    if num_images < 1 or batch_size < 1 or not -(2**63) <= seed <= 2**63 - num_images:
-        raise InputError(
-            "num_images and batch_size must be at least 1, and all seeds within 64 bits, found "
-            f"{num_images}, {batch_size} and seed {seed}."
-        )
+    num_images = checks.integer("num_images", num_images, low=1, high=checks.MAX_IMAGES)
+    batch_size = checks.integer("batch_size", batch_size, low=1, high=checks.MAX_BATCH)
+    seed = checks.integer("seed", seed, low=-(2**63), high=2**63 - num_images)  # of the first image
+    checks.memory(
+        f"A batch of {min(batch_size, num_images):,} images of {list(network.image_shape)}",
+        4 * min(batch_size, num_images) * math.prod(network.image_shape),
+        "Choose a smaller batch_size.",
+    )
     labels = labels_in_turn(network, num_images) if labels is None else labels
-    check_conditions(network, num_images, labels, guidance)
+    conditions = check_conditions(network, num_images, labels, guidance)
     seeds = seed + np.arange(num_images, dtype=np.int64)[part]
-    labels = None if labels is None else np.broadcast_to(labels, (num_images,))[part]
-    draw = make_draw(network, sampler, strategy)
-    return _batches(draw, network, sampler, seeds, labels, guidance, batch_size)
+    conditions = {name: tensor.numpy()[part] for name, tensor in conditions.items()}
+    return _batches(make_draw(network, sampler, strategy), network, sampler, seeds, conditions, batch_size)
 
 
 def _batches(
@@ -71,25 +75,24 @@ def _batches(
     network: Network,
     sampler: Sampler,
     seeds: np.ndarray,
-    labels: np.ndarray | None,
-    guidance: float | None,
+    conditions: dict[str, np.ndarray],
     batch_size: int,
 ) -> Iterator[Batch]:
     for first in range(0, len(seeds), batch_size):
         rows = slice(first, first + batch_size)
-        some_labels = None if labels is None else labels[rows]
-        drawn = draw(seeds[rows], some_labels, guidance)
+        drawn = draw(seeds[rows], **{name: values[rows] for name, values in conditions.items()})
         is_bad = ~np.isfinite(drawn).reshape(len(drawn), -1).all(axis=1)
         if is_bad.any():
             k = first + int(np.argmax(is_bad))
-            label = None if labels is None else labels[k : k + 1]
-            raise NumericsError(_explain_not_finite(network, sampler, int(seeds[k]), label, guidance))
-        yield Batch(seeds[rows], some_labels, images.to_uint8(drawn))
+            only_k = {name: values[k : k + 1] for name, values in conditions.items()}
+            raise NumericsError(_explain_not_finite(network, sampler, int(seeds[k]), only_k))
+        labels = conditions.get("labels")
+        yield Batch(seeds[rows], None if labels is None else labels[rows], images.to_uint8(drawn))
 
 
-def _explain_not_finite(network: Network, sampler: Sampler, seed: int, labels: Any, guidance: float | None) -> str:
+def _explain_not_finite(network: Network, sampler: Sampler, seed: int, conditions: dict[str, np.ndarray]) -> str:
     """Draw the image once more, step by step, to find the first step at fault."""
-    trace = sample(network, sampler, [seed], labels=labels, guidance=guidance, trace=1).trace
+    trace = sample(network, sampler, [seed], trace=1, **conditions).trace  # type: ignore[arg-type]
     assert trace is not None
     is_bad = ~np.isfinite(trace.x_t[:-1]).reshape(len(trace.index), -1).all(axis=1)
     t = sampler.diffusion.schedule.timesteps[trace.index[is_bad].max()]

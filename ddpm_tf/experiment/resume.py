@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from ddpm_tf import builders, files, text
 from ddpm_tf import config as config_lib
 from ddpm_tf.data.manifest import Manifest, difference
+from ddpm_tf.data.sources import without_path
 from ddpm_tf.errors import InputError
 from ddpm_tf.experiment.run import Run, StartOptions, read_run_config
 from ddpm_tf.storage import checkpoints
@@ -61,14 +62,37 @@ def check_workdir(config: ConfigDict, workdir: str, *, restart: bool = False) ->
 
 
 def check_same_run(old: ConfigDict, new: ConfigDict, origin: str) -> None:
-    """Refuse fixed fields that differ, with a table; `origin` says where the old config stands."""
-    changed = [(field.path, repr(a), repr(b)) for field, a, b in config_lib.differences(old, new) if not field.free]
+    """Refuse fixed fields that differ, with a table; `origin` says where the old config stands.
+
+    The path of the data may differ: `check_data` compares their contents.
+    """
+    differing = [(field, a, b) for field, a, b in config_lib.differences(old, new) if not field.free]
+    changed = [(field.path, repr(a), repr(b)) for field, a, b in differing if not _is_moved(field.path, a, b)]
     if changed:
         table = text.table(changed, header=("field", "workdir", "now"), right=[1, 2]).replace("\n", "\n  ")
         raise InputError(
             f"{origin} was made with another config; these fields cannot change when a run is resumed:\n  {table}\n"
             "Use another workdir, or the workdir's values."
         )
+
+
+def _is_moved(path: str, old: object, new: object) -> bool:
+    return path == "data.source" and without_path(str(old)) == without_path(str(new))
+
+
+def older_values(config: ConfigDict, workdir: str) -> list[config_lib.Field]:
+    """The fixed fields in which a workdir of an older version keeps what their absence meant there.
+
+    Without them, the command that began the run would be refused as soon as a new field's default is another.
+    """
+    if not os.path.exists(workdir_lib.config_path(workdir)):
+        return []
+    old = read_run_config(workdir)
+    return [
+        field
+        for field, a, b in config_lib.differences(old, config)
+        if not field.free and field.before == a and field.default == b
+    ]
 
 
 def restore(run: Run, model: DiffusionModel, initial: InitialWeights | None = None) -> int:
@@ -95,7 +119,7 @@ def restore(run: Run, model: DiffusionModel, initial: InitialWeights | None = No
     old = workdir_lib.check_meta(meta, origin)
     if old is not None:
         check_same_run(builders.without_foreign_settings(old, origin), run.config, origin)
-    _check_exact(meta.get("fingerprint"), run.fingerprint, step, run.options)
+    _check_exact(_path_free(meta.get("fingerprint"), old), run.fingerprint, step, run.options)
     assign(variables, _with_ema(tensors, run.options, origin), origin)
     if model.skipped.in_a_row.numpy() >= model.max_skipped_steps:  # the limit was lowered
         model.skipped.in_a_row.assign(0)
@@ -112,14 +136,24 @@ def load_initial(workdir: str, options: StartOptions) -> InitialWeights | None:
     return InitialWeights(*workdir_lib.read_newest(options.init_from)) if options.init_from and is_new else None
 
 
-def check_data(data: Manifest, workdir: str, options: StartOptions) -> None:
+def check_data(data: Manifest, workdir: str, options: StartOptions, *, source: str = "") -> None:
     """Compare the data set with the one that the run began with.
+
+    Args:
+        source: data.source as it is now; "": as before.
 
     Raises:
         InputError: another data set, with the counts and the first file that differs.
     """
     path = workdir_lib.data_path(workdir)
+    old_source = _old_source(workdir, source)
+    moved = f"data.source is {source}, and was {old_source}. " if source != old_source else ""
     if not os.path.exists(path):
+        if moved and not options.allow_data_change:
+            raise InputError(
+                f"{moved}Whether these are the same images cannot be said: {path} is missing. Use the old path, or go on with "
+                "these by --allow_data_change."
+            )
         return
     try:
         with open(path, encoding="utf-8") as f:
@@ -127,13 +161,22 @@ def check_data(data: Manifest, workdir: str, options: StartOptions) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
         raise InputError(f"{path} cannot be read ({e}). Restore it, or remove it to take the data as they are.") from e
     if changed is None:
+        if moved:
+            logging.info("%sThe images are the same: resuming with them.", moved)
         return
     if not options.allow_data_change:
         raise InputError(
-            f"The data set is not the one that --workdir={workdir} began with: {changed}. Restore the data, use another "
+            f"{moved}The data set is not the one that --workdir={workdir} began with: {changed}. Restore the data, use another "
             "workdir, or go on with these by --allow_data_change."
         )
     logging.warning("Resuming with another data set: %s. The run is not bit-exact any more.", changed)
+
+
+def _old_source(workdir: str, source: str) -> str:
+    """data.source of the workdir's config.json; `source` if there is none."""
+    if not source or not os.path.exists(workdir_lib.config_path(workdir)):
+        return source
+    return read_run_config(workdir).data.source
 
 
 def move_away(workdir: str) -> None:
@@ -172,6 +215,14 @@ def _with_ema(tensors: Mapping[str, np.ndarray], options: StartOptions, origin: 
     logging.warning("%s has no moving average; it begins with the weights.", origin)
     average = {f"ema/{n.removeprefix('network/')}": t for n, t in tensors.items() if n.startswith("network/")}
     return dict(tensors) | average
+
+
+def _path_free(fingerprint: dict | None, config: ConfigDict | None) -> dict | None:
+    """A checkpoint's fingerprint as it is made now. Before, the config's digest held the path of the data."""
+    unused = builders.unused_settings(config) if config else {}
+    if fingerprint and config and fingerprint.get("config") == config_lib.digest(config, unused=unused):
+        return {**fingerprint, "config": builders.run_digest(config)}
+    return fingerprint
 
 
 def _check_exact(old: dict | None, new: dict, step: int, options: StartOptions) -> None:

@@ -9,7 +9,7 @@ import tensorflow as tf
 from absl import logging
 from tqdm import tqdm
 
-from ddpm_tf import __version__
+from ddpm_tf import __version__, builders
 from ddpm_tf import config as config_lib
 from ddpm_tf.cluster.strategy import configure_devices, make_strategy
 from ddpm_tf.experiment.generating import generate, labels_in_turn
@@ -17,7 +17,7 @@ from ddpm_tf.experiment.inference import Inference, load_sampler
 from ddpm_tf.samplers.base import Sampler
 from ddpm_tf.serving.model_card import weights_digest
 from ddpm_tf.storage import workdir as workdir_lib
-from ddpm_tf.storage.sample_folder import is_finished, open_folder, read_settings
+from ddpm_tf.storage.sample_folder import check_out, is_finished, open_folder, read_settings
 
 
 def sample_images(
@@ -48,6 +48,8 @@ def sample_images(
         InputError: settings that cannot be used, a workdir that cannot be read, a folder of something else.
         WorkdirError: a folder that cannot be written to, or that another process writes to.
     """
+    if out:
+        check_out(out)
     configure_devices()  # before the strategy is made, which takes the devices as they are
     num_gpus = len(tf.config.list_physical_devices("GPU"))
     strategy, _ = make_strategy("mirrored" if num_gpus > 1 else "default")
@@ -82,7 +84,7 @@ def _record(inference: Inference, sampler: Sampler, ema: bool, png: bool, replic
     """All that the folder's files depend on, as JSON can hold it."""
     return {
         "ddpm_tf": __version__,
-        "config_sha256": config_lib.digest(inference.config),
+        "config_sha256": config_lib.digest(inference.config, unused=builders.unused_settings(inference.config)),
         "training_step": inference.step,
         "weights": "moving average" if ema else "weights",
         "weights_sha256": weights_digest(inference.network),

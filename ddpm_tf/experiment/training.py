@@ -16,6 +16,7 @@ from ddpm_tf import config as config_lib
 from ddpm_tf.cluster.cluster import Cluster
 from ddpm_tf.cluster.strategy import configure_devices, count_replicas, distribute, make_strategy
 from ddpm_tf.data.manifest import digest, manifest
+from ddpm_tf.data.sources import without_path
 from ddpm_tf.errors import (
     BadDataError,
     DataNotFoundError,
@@ -27,7 +28,7 @@ from ddpm_tf.errors import (
 )
 from ddpm_tf.experiment.callbacks import RunCallbacks, make_callbacks
 from ddpm_tf.experiment.grids import grid_path
-from ddpm_tf.experiment.resume import check_data, check_workdir, load_initial, move_away, restore
+from ddpm_tf.experiment.resume import check_data, check_workdir, load_initial, move_away, older_values, restore
 from ddpm_tf.experiment.run import Run, StartOptions, read_run_config
 from ddpm_tf.storage import checkpoint_folder, checkpoints
 from ddpm_tf.storage import workdir as workdir_lib
@@ -40,6 +41,8 @@ from ddpm_tf.training.model import DiffusionModel
 def dry_run(config: ConfigDict, strategy: str = "auto") -> str:
     """What a run with this config would be, as text; it needs no data and writes nothing.
 
+    Where the data should be at a path and are not, the text is that of the error.
+
     Args:
         config: a ConfigDict of `config.default()`'s fields.
         strategy: as --strategy; the other workers of TF_CONFIG are counted, not waited for.
@@ -51,12 +54,15 @@ def dry_run(config: ConfigDict, strategy: str = "auto") -> str:
     configure_devices()
     replicas = count_replicas(strategy)
     builders.check_batch_size(config, replicas)
+    missing = None
     try:
         source = builders.build_source(config, read_only=True)
         builders.build_dataset(config, source, start_step=0)
         steps_per_epoch = f"{source.num_examples / config.data.batch_size:.1f} ({source.num_examples:,} images)"
     except DataNotFoundError as e:
         steps_per_epoch = f"unknown, data set not prepared ({' '.join(str(e).split())})"
+        if without_path(config.data.source) != config.data.source:  # data at a path are there, or nowhere
+            missing = e
     try:
         model = builders.build_model(config, tf.distribute.get_strategy(), is_compiled=False)
     except (tf.errors.ResourceExhaustedError, MemoryError) as e:
@@ -65,7 +71,7 @@ def dry_run(config: ConfigDict, strategy: str = "auto") -> str:
     memory = estimate_step_memory(model, size // config.train.micro_batches)
     parts = f", {config.train.micro_batches} parts one after the other" if config.train.micro_batches > 1 else ""
     shape = [config.data.batch_size, *builders.image_shape(config)]
-    return (
+    report = (
         f"{config_lib.to_json(config)}\n{builders.parameter_table(network)}\n\n"
         f"x_t {shape} float32, t [{shape[0]}] int32 -> {shape[:-1] + [network.out_channels]} float32\n"
         f"parameters: {network.count_params():,}\nsteps per epoch: {steps_per_epoch}\n"
@@ -73,6 +79,9 @@ def dry_run(config: ConfigDict, strategy: str = "auto") -> str:
         f"memory, estimated, on {'one device' if replicas == 1 else f'each of {replicas} devices'} with {size} images{parts}: "
         f"{memory.peak / 2**20:,.0f} MiB, of which {memory.kept / 2**20:,.0f} MiB stay between steps"
     )
+    if missing is not None:
+        raise DataNotFoundError(f"{report}\n\nThe run cannot begin: {missing}") from missing
+    return report
 
 
 def train(config: ConfigDict, workdir: str, options: StartOptions = StartOptions()) -> str:  # noqa: B008 - immutable
@@ -101,6 +110,7 @@ def train(config: ConfigDict, workdir: str, options: StartOptions = StartOptions
     strategy, cluster = make_strategy(options.strategy, join_timeout_s=options.join_timeout_s)
     with cluster.watched():
         cluster.agree(_settings(config, options))
+        config = _with_older_values(config, workdir, options, cluster)
         with cluster.together():
             is_finished = cluster.is_chief and _is_finished(config, workdir, options)
         if cluster.from_chief(is_finished):
@@ -111,6 +121,20 @@ def train(config: ConfigDict, workdir: str, options: StartOptions = StartOptions
         else:
             _train(config, workdir, options, strategy, cluster)
     return _next_commands(workdir) if cluster.is_chief else ""
+
+
+def _with_older_values(config: ConfigDict, workdir: str, options: StartOptions, cluster: Cluster) -> ConfigDict:
+    """The config with what the workdir of an older version meant, see `resume.older_values`; the chief looks for all."""
+    config = config.copy_and_resolve_references()
+    with cluster.together():
+        is_reader = cluster.is_chief and not options.restart_from_scratch
+        older = older_values(config, workdir) if is_reader else []
+    for field in config_lib.FIELDS:
+        if not field.free and field.before not in (config_lib.NEVER_ABSENT, field.default):
+            if cluster.from_chief(field in older):
+                logging.info("%s=%s stays, which this workdir of an older version means.", field.path, field.before)
+                config_lib.put(config, field.path, field.before)
+    return config
 
 
 def _is_finished(config: ConfigDict, workdir: str, options: StartOptions) -> bool:
@@ -180,7 +204,7 @@ def _begin(run: Run, model: DiffusionModel) -> None:
     initial = load_initial(workdir, options)
     if options.restart_from_scratch:
         move_away(workdir)
-    check_data(run.data, workdir, options)
+    check_data(run.data, workdir, options, source=config.data.source)
     is_new = not os.path.exists(workdir_lib.config_path(workdir))
     start_step = restore(run, model, initial)
     if not is_new and start_step == 0:
@@ -268,7 +292,7 @@ def _fingerprint(config: ConfigDict, strategy: tf.distribute.Strategy, cluster: 
         remat=config.network.remat,
         batch_size=config.data.batch_size,
         seed=config.seed,
-        config=config_lib.digest(config),
+        config=builders.run_digest(config),
         data=data_digest,
     )
 

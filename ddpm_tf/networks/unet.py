@@ -1,13 +1,13 @@
 """The U-Net of Ho et al. 2020 (appendix B): 35.7 M parameters for CIFAR-10, 114 M for 256x256."""
 
 import functools
-import math
 from typing import Any
 
 import keras
 import tensorflow as tf
 from absl import logging
 
+from ddpm_tf import checks
 from ddpm_tf.errors import InputError
 from ddpm_tf.networks.contract import Inputs
 from ddpm_tf.networks.layers import (
@@ -20,6 +20,9 @@ from ddpm_tf.networks.layers import (
     initializer,
     swish,
 )
+
+_SIZE: dict[str, Any] = {"low": 1, "high": 2**31 - 1}
+_MAX_LEVELS, _MAX_BLOCKS = 20, 1000  # the largest published networks have 7 levels and 8 blocks on one
 
 
 @keras.saving.register_keras_serializable(package="ddpm_tf")
@@ -79,11 +82,14 @@ class UNet(keras.Model):
         trainable: bool = True,
     ) -> None:
         super().__init__(name=name, dtype=dtype, trainable=trainable)
-        height, width, channels = image_shape
+        height, width, channels = _sizes(image_shape)
         self.image_shape = (height, width, channels)
-        self.out_channels = out_channels or channels
-        self.ch, self.ch_mult, self.num_res_blocks = ch, tuple(ch_mult), num_res_blocks
-        self.attn_resolutions, self.dropout = tuple(attn_resolutions), dropout
+        self.out_channels = channels if out_channels is None else checks.integer("out_channels", out_channels, **_SIZE)
+        checks.integer("seed", seed, **checks.INT64)
+        if num_classes is not None:
+            num_classes = checks.integer("num_classes", num_classes, low=1, high=2**31 - 2)
+        self.ch, self.ch_mult, self.num_res_blocks = ch, _tuple("ch_mult", ch_mult), num_res_blocks
+        self.attn_resolutions, self.dropout = _tuple("attn_resolutions", attn_resolutions), dropout
         self.resamp_with_conv, self.num_classes = resamp_with_conv, num_classes
         self.block_size, self.theta, self.num_groups = block_size, theta, num_groups
         self.remat, self.seed = remat, seed
@@ -97,10 +103,11 @@ class UNet(keras.Model):
             block_size=block_size,
             theta=theta,
             num_groups=num_groups,
+            resamp_with_conv=resamp_with_conv,
+            remat=remat,
+            num_classes=num_classes,
         )
         warn_of_single_channels(ch * min(self.ch_mult), num_groups)
-        if self.out_channels < 1:
-            raise InputError(f"out_channels must be at least 1, found {self.out_channels}.")
         self._make_layers()
         # Variables are made by one symbolic call, so that their paths carry the names of all parents.
         inputs = {
@@ -125,20 +132,24 @@ class UNet(keras.Model):
         num_groups: int = 32,
         resamp_with_conv: bool = True,
         remat: bool = False,
+        num_classes: int | None = None,
     ) -> None:
-        """Refuse sizes that do not fit each other; make nothing.
+        """Refuse sizes that do not fit each other or this machine; make nothing.
 
         Raises:
             InputError
         """
-        height, width, _ = image_shape
-        if not ch_mult or any(not isinstance(m, int) or m < 1 for m in ch_mult):
-            raise InputError(f"ch_mult must be positive integers, one per level, found {ch_mult}.")
-        counts = {"ch": ch, "num_res_blocks": num_res_blocks, "block_size": block_size, "num_groups": num_groups}
-        for name, value in counts.items():
-            if value < 1:
-                raise InputError(f"{name} must be at least 1, found {value}.")
-        if not 1 < theta < math.inf:
+        height, width, channels = _sizes(image_shape)
+        ch_mult, attn_resolutions = _tuple("ch_mult", ch_mult), _tuple("attn_resolutions", attn_resolutions)
+        if not 1 <= len(ch_mult) <= _MAX_LEVELS:
+            raise InputError(f"ch_mult must have 1 to {_MAX_LEVELS} entries, one per level, found {len(ch_mult)}.")
+        checks.integers("ch_mult", ch_mult, **_SIZE)
+        for name, value in (("ch", ch), ("block_size", block_size), ("num_groups", num_groups)):
+            checks.integer(name, value, **_SIZE)
+        checks.integer("num_res_blocks", num_res_blocks, low=1, high=_MAX_BLOCKS)
+        for name, value in (("resamp_with_conv", resamp_with_conv), ("remat", remat)):
+            checks.boolean(name, value)
+        if checks.real("theta", theta) <= 1:
             raise InputError(f"theta must be above 1, found {theta}.")
         factor = block_size * 2 ** (len(ch_mult) - 1)
         if height % factor or width % factor:
@@ -159,8 +170,15 @@ class UNet(keras.Model):
         missing = [r for r in attn_resolutions if r not in heights]
         if missing:
             raise InputError(f"attn_resolutions names height {missing[0]}, but the levels have heights {heights}.")
-        if not 0 <= dropout < 1:
+        if not 0 <= checks.real("dropout", dropout) < 1:
             raise InputError(f"dropout must be within [0, 1), found {dropout}.")
+        described = f"A network of ch={ch}, ch_mult={ch_mult} and num_res_blocks={num_res_blocks}"
+        parameters = _least_parameters(ch, ch_mult, num_res_blocks, num_classes)
+        checks.memory(f"{described}, {parameters:,} parameters or more,", 4 * parameters, "Choose a smaller network.")
+        first = 4 * ch * (height // block_size) * (width // block_size)
+        checks.memory(
+            f"{described}: one image of {height}x{width}", first, "Choose smaller images or a smaller network."
+        )
 
     def _make_layers(self) -> None:
         """One list of steps per path: ("res" | "attn" | "resample", layer), in the order of the original."""
@@ -249,6 +267,30 @@ class UNet(keras.Model):
         h = tf.cast(self.conv_out(swish(self.norm_out(h))), tf.float32)
         return h if self.block_size == 1 else tf.nn.depth_to_space(h, self.block_size)
 
+    def __call__(self, inputs: Inputs, *args: Any, **kwargs: Any) -> tf.Tensor:
+        """`call`, after checks of what Keras would not see: it takes a label of -1 for the last one.
+
+        They stand here, because Keras adds lines of its own to what `call` raises. Labels are compared with num_classes only
+        outside of graphs. Inside, those who build the graph check them.
+        """
+        if not isinstance(inputs, dict) or not {"x_t", "t"} <= inputs.keys():
+            raise InputError('A network is called with {"x_t": [B, H, W, C], "t": int32 [B], ("labels": int32 [B])}.')
+        labels = inputs.get("labels")
+        if (labels is None) != (self.num_classes is None):
+            raise InputError(
+                "A class-conditional network needs labels."
+                if labels is None
+                else "Labels were given, but the network is unconditional (num_classes=None)."
+            )
+        if (
+            labels is not None
+            and self.num_classes is not None
+            and tf.executing_eagerly()
+            and not isinstance(labels, keras.KerasTensor)
+        ):
+            checks.integers("labels", labels, low=0, high=self.num_classes, shape=tuple(inputs["x_t"].shape[:1]))
+        return super().__call__(inputs, *args, **kwargs)
+
     def get_config(self) -> dict[str, Any]:
         return {
             "image_shape": self.image_shape,
@@ -269,6 +311,25 @@ class UNet(keras.Model):
             "name": self.name,
             "trainable": self.trainable,
         }
+
+
+def _sizes(image_shape: Any) -> tuple[int, int, int]:
+    height, width, channels = checks.integers(
+        "The sizes in image_shape, (H, W, C),", image_shape, **_SIZE, shape=[3]
+    ).tolist()
+    return height, width, channels
+
+
+def _tuple(name: str, values: Any) -> tuple[int, ...]:
+    """Integers as a tuple of Python's; whether they are in range is checked elsewhere."""
+    return tuple(checks.integers(name, values, **checks.INT64).tolist())
+
+
+def _least_parameters(ch: int, ch_mult: tuple[int, ...], num_res_blocks: int, num_classes: int | None) -> int:
+    """A number that the network's parameters are not below, by arithmetic alone: the second convolution of each block and
+    the embeddings."""
+    convolutions = sum((2 * num_res_blocks + 1) * 9 * (ch * m) ** 2 for m in ch_mult)
+    return convolutions + 20 * ch**2 + 4 * ch * ((num_classes or -1) + 1)
 
 
 @functools.cache  # said once, though a trainer makes two networks

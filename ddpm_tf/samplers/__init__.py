@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from ddpm_tf import checks
 from ddpm_tf.choices import Choice, choose
 from ddpm_tf.diffusion.process import GaussianDiffusion
-from ddpm_tf.diffusion.schedules import space_timesteps
+from ddpm_tf.diffusion.schedules import TIMESTEP_SPACINGS, space_timesteps
 from ddpm_tf.samplers.ancestral import AncestralSampler
 from ddpm_tf.samplers.base import Sampler
 from ddpm_tf.samplers.ddim import DDIMSampler
@@ -40,6 +41,8 @@ def make_sampler(
             its default.
     """
     make = choose("sampler", name, SAMPLERS, settings)
+    clip = checks.boolean("clip", clip)
+    checks.known("timestep spacing", spacing, TIMESTEP_SPACINGS)  # also where all timesteps are visited
     if num_steps is not None:
         diffusion = diffusion.respace(space_timesteps(diffusion.num_timesteps, num_steps, spacing))
     return make(diffusion, clip=clip)

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from ddpm_tf import checks
 from ddpm_tf.diffusion.gaussian import extract
 from ddpm_tf.diffusion.process import GaussianDiffusion
-from ddpm_tf.errors import InputError
 from ddpm_tf.samplers.base import DenoiseFunction, Sampler, StepOutput
 from ddpm_tf.samplers.plan import Move
 
@@ -28,9 +28,7 @@ class DDIMSampler(Sampler):
 
     def __init__(self, diffusion: GaussianDiffusion, *, eta: float = 0.0, clip: bool = True) -> None:
         super().__init__(diffusion, clip=clip)
-        if not 0.0 <= eta <= 1.0:
-            raise InputError(f"eta must be within 0..1, found {eta}.")
-        self.eta = eta
+        self.eta = eta = checks.real("eta", eta, low=0, high=1)
         self.needs_noise = eta > 0
         schedule = diffusion.schedule
         variance = eta**2 * schedule.posterior_variance

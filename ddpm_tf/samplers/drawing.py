@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from ddpm_tf import checks
 from ddpm_tf.errors import InputError
 from ddpm_tf.networks.contract import Network
 from ddpm_tf.samplers.base import Sampler
@@ -16,13 +17,16 @@ from ddpm_tf.samplers.loop import Carry, begin, initial_noise, run_loop
 Conditions = dict[str, tf.Tensor]
 
 
+_MAX_GUIDANCE = 1e6  # an output times more than this says nothing, and overflows soon
+
+
 def check_conditions(network: Network, count: int, labels: Any = None, guidance: Any = None) -> Conditions:
     """The conditions of `count` images.
 
     Args:
-        labels: integers within 0..num_classes (num_classes is the null class), one or `count` of them; None for an
-            unconditional network.
-        guidance: one weight or `count` of them; None: no guidance.
+        labels: integers within 0..num_classes (num_classes is the null class), one for each image. A plain integer, not in a
+            list, is the label of all of them. None for an unconditional network.
+        guidance: weights, one for each image; a plain number is the weight of all. None: no guidance.
 
     Raises:
         InputError: labels or guidance that do not fit the network, or that cannot be used.
@@ -36,23 +40,33 @@ def check_conditions(network: Network, count: int, labels: Any = None, guidance:
         )
     if guidance is not None and labels is None:
         raise InputError("Guidance needs labels, and a class-conditional network.")
-    if labels is None:
+    if labels is None or num_classes is None:
         return {}
-    labels = np.asarray(labels)
-    if labels.dtype.kind not in "iu" or labels.shape not in ((), (count,)):
-        raise InputError(f"labels must be one integer or {count} of them, found {labels.dtype} {list(labels.shape)}.")
-    if labels.min() < 0 or labels.max() > num_classes:
-        raise InputError(
-            f"labels must be within 0..{num_classes}, where {num_classes} means no class; found {labels.min()} to "
-            f"{labels.max()}."
-        )
-    conditions = {"labels": tf.constant(np.broadcast_to(labels, (count,)), tf.int32)}
+    labels = _one_each(checks.integers, "labels", labels, count, low=0, high=num_classes)
+    conditions = {"labels": tf.constant(labels, tf.int32)}
     if guidance is not None:
-        guidance = np.asarray(guidance, np.float32)
-        if guidance.shape not in ((), (count,)) or not np.isfinite(guidance).all():
-            raise InputError(f"guidance must be one finite number or {count} of them, found {guidance}.")
-        conditions["guidance"] = tf.constant(np.broadcast_to(guidance, (count,)))
+        weights = _one_each(checks.reals, "guidance", guidance, count, low=-_MAX_GUIDANCE, high=_MAX_GUIDANCE)
+        conditions["guidance"] = tf.constant(weights, tf.float32)
     return conditions
+
+
+def check_seeds(seeds: Any) -> np.ndarray:
+    """Seeds as int64 [N], N >= 1.
+
+    Raises:
+        InputError
+    """
+    seeds = checks.integers("seeds", seeds, **checks.INT64)
+    if not seeds.size:
+        raise InputError("seeds must be at least one integer, found none.")
+    return seeds
+
+
+def _one_each(check: Callable[..., np.ndarray], name: str, values: Any, count: int, **limits: float) -> np.ndarray:
+    """[count] values; a plain number is given to every image, a list is not."""
+    if isinstance(values, int | float) or getattr(values, "shape", None) == ():
+        values = np.full(count, values)
+    return check(name, values, shape=[count], **limits)
 
 
 def first_carry(network: Network, sampler: Sampler, seeds: tf.Tensor) -> Carry:
@@ -129,7 +143,7 @@ def make_draw(
     on_all = _on_all_replicas(network, sampler, strategy)
 
     def draw(seeds: Any, labels: Any = None, guidance: Any = None) -> np.ndarray:
-        seeds = np.asarray(seeds, np.int64)
+        seeds = check_seeds(seeds)
         conditions = check_conditions(network, len(seeds), labels, guidance)
         size = -(-len(seeds) // local)  # every replica gets as many
         arrays = {"seeds": seeds, **{name: tensor.numpy() for name, tensor in conditions.items()}}
@@ -170,7 +184,7 @@ def _share(strategy: tf.distribute.Strategy, array: np.ndarray) -> Any:
 
 
 def _draw_here(network: Network, sampler: Sampler, seeds: Any, labels: Any, guidance: Any) -> np.ndarray:
-    seeds = tf.constant(np.asarray(seeds, np.int64))
+    seeds = tf.constant(check_seeds(seeds))
     conditions = check_conditions(network, len(seeds), labels, guidance)
     drawing, moves = compiled(network, sampler, conditions), tf.constant(sampler.plan.num_moves)
     return drawing.advance(drawing.begin(seeds), seeds, conditions, moves, tf.constant(0)).x.numpy()

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from ddpm_tf import rng
+from ddpm_tf import checks, rng
 from ddpm_tf.errors import InputError
 from ddpm_tf.networks.contract import Network
 from ddpm_tf.samplers.base import Sampler
@@ -46,15 +46,14 @@ def interpolate(
     Raises:
         InputError: t or a lambda out of range, images of another shape, labels or guidance that do not fit the network.
     """
-    weights = np.asarray(lambdas, np.float32)
-    if weights.ndim != 1 or weights.size == 0 or weights.min() < 0 or weights.max() > 1:
-        raise InputError(f"lambdas must be a list of numbers within 0..1, found {weights}.")
-    if not 0 <= t < sampler.num_steps:
-        raise InputError(f"t must be within 0..{sampler.num_steps - 1}, found {t}.")
-    for x in (x_a, x_b):
-        if tuple(x.shape) != tuple(network.image_shape):
-            raise InputError(f"The images must have shape {list(network.image_shape)}, found {list(x.shape)}.")
+    weights = checks.reals("lambdas", lambdas, low=0, high=1).astype(np.float32)
+    if not weights.size:
+        raise InputError("lambdas must be at least one number within 0..1, found none.")
+    t = checks.integer("t", t, low=0, high=sampler.num_steps - 1)
+    x_a, x_b = (_checked_image(name, x, network) for name, x in (("x_a", x_a), ("x_b", x_b)))
     count = len(weights)
+    most = 2**63 - (1 if checks.boolean("fixed_noise", fixed_noise) else count)  # the last seed is an int64, too
+    seed = checks.integer("seed", seed, low=-(2**63), high=most)
     conditions = check_conditions(network, count, labels, guidance)
     seeds = tf.fill([count], tf.constant(seed, tf.int64)) + (0 if fixed_noise else tf.range(count, dtype=tf.int64))
     at_t = tf.fill([count], t)
@@ -67,3 +66,12 @@ def interpolate(
     x_t = (1 - weight) * diffused(x_a, 0) + weight * diffused(x_b, 1)
     drawing = compiled(network, sampler, conditions)
     return drawing.advance(begin(sampler, x_t), seeds, conditions, tf.constant(t + 1), tf.constant(0)).x.numpy()
+
+
+def _checked_image(name: str, x: Any, network: Network) -> np.ndarray:
+    """float32 [H, W, C]. Values somewhat outside [-1, 1] are let through, since samples have them."""
+    if np.asarray(x).dtype.kind != "f":
+        raise InputError(
+            f"{name} must be an image of floats in [-1, 1], found {np.asarray(x).dtype}: scale by x / 127.5 - 1."
+        )
+    return checks.reals(name, x, low=-10, high=10, shape=network.image_shape).astype(np.float32)

@@ -1,14 +1,15 @@
 """`sample`: images from seeds, and the states on the way to them."""
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from ddpm_tf.errors import InputError
+from ddpm_tf import checks
 from ddpm_tf.networks.contract import Network
 from ddpm_tf.samplers.base import Sampler
-from ddpm_tf.samplers.drawing import Conditions, check_conditions, compiled
+from ddpm_tf.samplers.drawing import Conditions, check_conditions, check_seeds, compiled
 from ddpm_tf.samplers.loop import Carry
 
 
@@ -48,8 +49,9 @@ def sample(
     Args:
         network: a network as `UNet`; its `image_shape` is the images'.
         sampler: from `make_sampler`.
-        seeds: int64 [N], one per image.
-        labels: for a class-conditional network, one integer within 0..num_classes or N of them; num_classes: no class.
+        seeds: integers of 64 bits, [N], one per image.
+        labels: for a class-conditional network, N integers within 0..num_classes, where num_classes means no class. A plain
+            integer, not in a list, is the label of all N images.
         guidance: weight of classifier-free guidance, one number or [N]: 0 ignores the labels, 1 is conditional, above 1
             stronger; None: conditional, at half the cost.
         trace: keep the states of every `trace` steps (1: all of them); 0: none.
@@ -59,14 +61,16 @@ def sample(
     Raises:
         InputError: no seeds, labels or guidance that do not fit the network, a negative trace, k outside -1..S.
     """
-    seeds, moves = np.asarray(seeds, np.int64), sampler.plan.num_moves
-    if seeds.ndim != 1 or seeds.size == 0:
-        raise InputError(f"seeds must be a list of at least one integer, found shape {seeds.shape}.")
+    seeds, moves = check_seeds(seeds), sampler.plan.num_moves
     conditions = check_conditions(network, len(seeds), labels, guidance)
-    if trace < 0:
-        raise InputError(f"trace must be 0 (none) or a number of steps, found {trace}.")
-    if not -1 <= shared_noise_steps <= moves:
-        raise InputError(f"shared_noise_steps must be within -1..{moves}, found {shared_noise_steps}.")
+    trace = checks.integer("trace", trace, low=0, high=2**63 - 1)
+    shared_noise_steps = checks.integer("shared_noise_steps", shared_noise_steps, low=-1, high=moves)
+    kept_states = 1 if not trace else 2 * (2 * -(-moves // trace) + 1)  # a trace is stacked from as many again
+    checks.memory(
+        f"{len(seeds):,} images of {list(network.image_shape)}{f' with trace={trace}' if trace else ''}",
+        4 * len(seeds) * math.prod(network.image_shape) * kept_states,
+        "Draw fewer at once.",
+    )
     run = _Run(network, sampler, seeds, conditions, shared_noise_steps)
     index = np.arange(0, moves, trace or moves)
     states, predictions, position = [run.carry.x.numpy()], [], moves

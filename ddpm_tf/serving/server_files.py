@@ -11,9 +11,11 @@ from absl import logging
 
 from ddpm_tf import files
 from ddpm_tf.errors import InputError, StorageError
+from ddpm_tf.paths import check_entries
 
 # The newest version of TensorFlow Serving that we know of. TF_SERVING_VERSION in the environment replaces it.
 SERVING_VERSION = "2.20.0"
+_FILES = ("models.config", "batching.config", "docker-compose.yml", "nginx.conf")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -49,7 +51,7 @@ def write_server_files(folder: str, name: str, *, max_batch: int) -> tuple[list[
     check_name(name)
     if max_batch < 1:
         raise InputError(f"max_batch must be at least 1, found {max_batch}.")
-    _check_batching(os.path.join(folder, "batching.config"), max_batch)
+    check_server_files(folder, max_batch)
     written: list[str] = []
     kept: list[str] = []
     for file_name, text in _texts(name, max_batch).items():
@@ -74,7 +76,14 @@ def write_server_files(folder: str, name: str, *, max_batch: int) -> tuple[list[
     return written, kept
 
 
-def _check_batching(path: str, max_batch: int) -> None:
+def check_server_files(folder: str, max_batch: int) -> None:
+    """Refuse existing files that could not stay beside a model exported with `max_batch`; write nothing.
+
+    Raises:
+        InputError: something that is no file has the name of one, or batching.config merges more than `max_batch` images.
+    """
+    check_entries(folder, dict.fromkeys(_FILES, False))
+    path = os.path.join(folder, "batching.config")
     text = _read(path) if os.path.isfile(path) else ""
     match = re.search(r"^\s*max_batch_size\s*{\s*value:\s*(\d+)", text, re.MULTILINE)
     if match and int(match[1]) > max_batch:
@@ -96,8 +105,7 @@ def _texts(name: str, max_batch: int) -> dict[str, str]:
         "version": SERVING_VERSION,
     }
     templates = importlib.resources.files("ddpm_tf.serving") / "templates"
-    names = ("models.config", "batching.config", "docker-compose.yml", "nginx.conf")
-    return {file_name: (templates / file_name).read_text(encoding="utf-8") % values for file_name in names}
+    return {file_name: (templates / file_name).read_text(encoding="utf-8") % values for file_name in _FILES}
 
 
 def allowed_batch_sizes(max_batch: int) -> list[int]:

@@ -11,7 +11,8 @@ import numpy as np
 import tensorflow as tf
 
 from ddpm_tf.errors import InputError
-from ddpm_tf.text import table
+from ddpm_tf.paths import check_kind, literal
+from ddpm_tf.text import printable, table
 
 _MAX_ROWS = 20
 
@@ -43,14 +44,25 @@ def read_bundle(
         InputError: there is no checkpoint, it has fewer bytes than its index promises, or its data are damaged.
     """
     prefix = os.fspath(prefix)
+    check_kind(f"{prefix}.index", f"{printable(prefix)}.index", is_folder=False)
     if not os.path.isfile(prefix + ".index"):
-        raise InputError(f"There is no checkpoint {prefix}: the file {prefix}.index does not exist.")
+        raise InputError(
+            f"There is no checkpoint {printable(prefix)}: the file {printable(prefix)}.index does not exist."
+        )
+    with literal(prefix) as literal_prefix:
+        return _read(prefix, literal_prefix, check)
+
+
+def _read(
+    prefix: str, literal_prefix: str, check: Callable[[dict[str, tuple[int, ...]]], None] | None
+) -> dict[str, np.ndarray]:
+    """`read_bundle`, through `literal_prefix`; `prefix` is for messages."""
     try:
-        reader = tf.train.load_checkpoint(prefix)
+        reader = tf.train.load_checkpoint(literal_prefix)
         shapes = {name: tuple(shape) for name, shape in reader.get_variable_to_shape_map().items()}
         dtypes = reader.get_variable_to_dtype_map()
         promised = sum(math.prod(shape) * dtypes[name].size for name, shape in shapes.items())
-        present = sum(os.path.getsize(path) for path in glob.glob(glob.escape(prefix) + ".data-*"))
+        present = sum(os.path.getsize(path) for path in glob.glob(glob.escape(literal_prefix) + ".data-*"))
         if present < promised:
             raise InputError(
                 f"The checkpoint {prefix} is damaged: its .data files have {present:,} bytes, its index promises "
@@ -62,7 +74,9 @@ def read_bundle(
     except InputError:
         raise
     except (tf.errors.OpError, IndexError, ValueError, RuntimeError, KeyError) as e:  # truncated .data: bare IndexError
-        raise InputError(f"The checkpoint {prefix} is damaged: {type(e).__name__}: {e}") from e
+        raise InputError(
+            f"The checkpoint {prefix} is damaged: {type(e).__name__}: " + str(e).replace(literal_prefix, prefix)
+        ) from e
 
 
 def check_names(expected: Shapes, actual: Shapes, origin: str) -> None:

@@ -14,6 +14,7 @@ from absl import logging
 
 from ddpm_tf import __version__, files
 from ddpm_tf.errors import InputError
+from ddpm_tf.paths import check_kind
 from ddpm_tf.storage.bundles import read_bundle, write_bundle
 
 FORMAT = 2  # of the tensors and of meta.json
@@ -88,6 +89,7 @@ def _read_manifest(manifest: str) -> dict[str, tuple[int, str]]:
 
 def _read_object(file: str) -> dict[str, Any]:
     """The JSON object in a file."""
+    check_kind(file, file, is_folder=False)
     try:
         with open(file) as f:
             content = json.load(f)

@@ -5,6 +5,7 @@ grid.png                the first images side by side
 samples.npz             all images, and their labels if there are any
 sampling.json           the settings; a start with other settings is refused
 .samples.part           the pixels so far, while the run is not finished
+.owner                  the process that writes, while it does
 """
 
 import contextlib
@@ -18,7 +19,9 @@ from typing import Any
 import numpy as np
 
 from ddpm_tf import files, images, text
-from ddpm_tf.errors import InputError, WorkdirError
+from ddpm_tf.errors import InputError, StorageError, WorkdirError, storage_advice
+from ddpm_tf.paths import check_entries, check_kind, check_local
+from ddpm_tf.storage.checkpoints import is_full
 
 _SETTINGS, _PART, _SAMPLES, _GRID, _IMAGES = "sampling.json", ".samples.part", "samples.npz", "grid.png", "images"
 _IN_GRID = 256  # images
@@ -39,6 +42,23 @@ def is_finished(path: str) -> bool:
     return os.path.exists(os.path.join(path, _SAMPLES)) and not os.path.exists(os.path.join(path, _PART))
 
 
+def check_out(path: str) -> None:
+    """Refuse a path whose folder could not be used with any settings; write nothing.
+
+    Raises:
+        InputError
+    """
+    check_local(path, "--out")
+    check_kind(path, f"--out={text.printable(path)}", is_folder=True)
+    check_entries(path, {_SETTINGS: False, _PART: False, _SAMPLES: False, _GRID: False, _IMAGES: True})
+    if not os.path.isdir(path) or os.path.exists(os.path.join(path, _SETTINGS)):
+        return
+    if set(os.listdir(path)) - {f"{_SETTINGS}.tmp", files.OWNER}:
+        raise InputError(
+            f"--out={path} exists and is not an empty folder. Nothing is written over: choose another, or remove it."
+        )
+
+
 @contextlib.contextmanager
 def open_folder(path: str, settings: dict[str, Any], image_shape: tuple[int, ...]) -> Iterator["SampleFolder"]:
     """Hold a folder for one run: a new or empty one, or one that an earlier start with the same settings left.
@@ -49,30 +69,22 @@ def open_folder(path: str, settings: dict[str, Any], image_shape: tuple[int, ...
 
     Raises:
         InputError: a folder of something else, or one of other settings; the message says what differs.
-        WorkdirError: a folder that cannot be written to, or that another process writes to.
+        WorkdirError: a folder that cannot be written to, or that another process writes to; the message names the process.
+        StorageError: the disk is full.
     """
-    if os.path.lexists(path) and not os.path.isdir(path):
-        raise InputError(f"--out={path} exists and is not a folder. Choose another.")
-    try:
-        os.makedirs(path, exist_ok=True)
-        lock = contextlib.ExitStack()
-        lock.enter_context(files.locked(path))
-    except BlockingIOError:
-        raise WorkdirError(f"--out={path} is in use by another process. Wait, or choose another folder.") from None
-    except OSError as e:
-        raise WorkdirError(f"--out={path} cannot be written to: {e}. Choose another.") from e
-    with lock:
-        earlier = read_settings(path)
-        if earlier is None:
-            if set(os.listdir(path)) - {f"{_SETTINGS}.tmp"}:
-                raise InputError(
-                    f"--out={path} exists and is not an empty folder. Nothing is written over: choose another, or remove it."
-                )
-            try:
+    check_out(path)
+    with contextlib.ExitStack() as stack:
+        try:
+            os.makedirs(path, exist_ok=True)
+            stack.enter_context(files.owned_folder(path, f"--out={path} is in use by another process"))
+            earlier = read_settings(path)
+            if earlier is None:
                 files.write_text(os.path.join(path, _SETTINGS), json.dumps(settings, indent=2) + "\n")
-            except OSError as e:
-                raise WorkdirError(f"--out={path} cannot be written to: {e}. Choose another.") from e
-        elif earlier != settings:
+        except OSError as e:
+            if is_full(e):
+                raise StorageError(f"--out={path} cannot be written to: {e}. {storage_advice(e)}") from e
+            raise WorkdirError(f"--out={path} cannot be written to: {e}. Choose another.") from e
+        if earlier is not None and earlier != settings:
             names = [n for n in {**earlier, **settings} if earlier.get(n) != settings.get(n)]
             rows = [(n, earlier.get(n), settings.get(n)) for n in names]
             table = text.table(rows, header=("setting", "in the folder", "now")).replace("\n", "\n  ")

@@ -14,9 +14,16 @@ from ml_collections import ConfigDict
 from ddpm_tf import config as config_lib
 from ddpm_tf import files
 from ddpm_tf.errors import InputError, WorkdirError
+from ddpm_tf.paths import check_entries, check_kind, check_local
 from ddpm_tf.storage import checkpoints
+from ddpm_tf.text import printable
 
 _PROBES = (".tmp-probe", ".tmp-probe-renamed")
+# What a run opens, {name: whether it is a folder}.
+_ENTRIES = {
+    ".lock": False, "config.json": False, "data.json": False, "evaluation.json": False, "metrics.jsonl": False,
+    "ckpt": True, "nan_dump": True, "samples": True, "tensorboard": True,
+}  # fmt: skip
 
 
 def checkpoints_folder(workdir: str) -> str:
@@ -35,12 +42,27 @@ def data_path(workdir: str) -> str:
     return os.path.join(workdir, "data.json")
 
 
+def check_path(workdir: str, flag: str = "--workdir") -> None:
+    """Refuse a path that cannot be a workdir's, and one where a file or folder of a run is something else; read nothing.
+
+    Args:
+        flag: named the workdir.
+
+    Raises:
+        InputError
+    """
+    check_local(workdir, flag)
+    check_kind(workdir, f"{flag}={printable(workdir)}", is_folder=True)
+    check_entries(workdir, _ENTRIES)
+
+
 def read_config(workdir: str, *, flag: str = "--workdir") -> ConfigDict:
     """The config that a workdir was made with; `flag` named the workdir.
 
     Raises:
         InputError: no such workdir, or no usable config.json.
     """
+    check_path(workdir, flag)
     path = config_path(workdir)
     if not os.path.isfile(path):
         what = "holds no config.json" if os.path.isdir(workdir) else "does not exist"
@@ -103,8 +125,10 @@ def check_writable(workdir: str) -> None:
     """Refuse a workdir that cannot be written to, before anything is read or built; make nothing.
 
     Raises:
+        InputError: as `check_path`.
         WorkdirError
     """
+    check_path(workdir)
     path = os.path.abspath(workdir)
     while not os.path.lexists(path):
         path = os.path.dirname(path)
@@ -137,8 +161,7 @@ def write_workdir(workdir: str, config: ConfigDict, tensors: Mapping[str, np.nda
     """
     meta = {"config": config.to_dict(), "time": time.time()}
     try:
-        os.makedirs(os.path.dirname(os.path.abspath(workdir)), exist_ok=True)
-        with files.atomic_folder(workdir) as folder:
+        with files.made_folder(os.path.dirname(os.path.abspath(workdir))), files.atomic_folder(workdir) as folder:
             os.makedirs(samples_folder(folder))
             files.write_text(config_path(folder), config_lib.to_json(config))
             checkpoints.save(checkpoints_folder(folder), int(tensors["step"]), tensors, meta, keep=1)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from ddpm_tf import rng
+from ddpm_tf import checks, rng
 from ddpm_tf.diffusion.losses import make_loss
 from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.errors import InputError
@@ -57,25 +57,48 @@ class Objective:
         loss_weight: str = "none",
         loss_settings: Mapping[str, Any] | None = None,
     ) -> None:
-        self.network, self.diffusion, self.seed = network, diffusion, seed
+        self.network, self.diffusion = network, diffusion
+        self.seed = checks.integer("seed", seed, **checks.INT64)
         self.loss = make_loss(loss, diffusion, weight=loss_weight, **(loss_settings or {}))
 
     def draws(self, index: tf.Tensor, step: tf.Tensor) -> Draws:
         """What step `step` draws for the examples at positions `index`, int32 [B], of the global batch."""
         key = {"index": index, "step": step}
-        t = rng.integers(self.seed, self.diffusion.num_timesteps, purpose=rng.Purpose.TIMESTEP, **key)
-        eps = rng.normal(self.seed, self.network.image_shape, purpose=rng.Purpose.NOISE, **key)
+        t, eps = self._t_and_eps(rng.Purpose.TIMESTEP, rng.Purpose.NOISE, **key)
         words = rng.bits(self.seed, 2, purpose=rng.Purpose.DROPOUT_SEED, **key)
         return Draws(t, eps, tf.bitcast(words, tf.int32))
 
+    def _t_and_eps(self, timestep: int, noise: int, **key: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        t = rng.integers(self.seed, self.diffusion.num_timesteps, purpose=timestep, **key)
+        return t, rng.normal(self.seed, self.network.image_shape, purpose=noise, **key)
+
+    def held_out_losses(
+        self, x_0: tf.Tensor, labels: tf.Tensor | None, index: tf.Tensor, number: tf.Tensor
+    ) -> tf.Tensor:
+        """The losses of held-out images without dropout, float32 [B].
+
+        Their draws are a function of (seed, number, index), and of other bits than those of training: the same images have
+        the same loss at every evaluation, as long as the weights are the same.
+
+        Args:
+            index: int32 [B], positions in the batch.
+            number: int64 scalar, which batch it is.
+        """
+        t, eps = self._t_and_eps(rng.Purpose.HELD_OUT_TIMESTEP, rng.Purpose.HELD_OUT_NOISE, index=index, step=number)
+        return self._computed(x_0, labels, t, eps, training=False).losses
+
     def __call__(self, x_0: tf.Tensor, labels: tf.Tensor | None, draws: Draws) -> Computed:
         """Lines 2 to 5 of Algorithm 1, up to the gradient, for x_0 float32 [B, H, W, C] and labels int32 [B] or None."""
-        t, eps, dropout_seed = draws
+        return self._computed(x_0, labels, draws.t, draws.eps, training=True, dropout_seed=draws.dropout_seed)
+
+    def _computed(
+        self, x_0: tf.Tensor, labels: tf.Tensor | None, t: tf.Tensor, eps: tf.Tensor, **dropout: Any
+    ) -> Computed:
         x_t = self.diffusion.q_sample(x_0, t, eps)  # Eq. 4
         inputs: Inputs = {"x_t": x_t, "t": t}
         if labels is not None:
             inputs["labels"] = labels
-        output = self.network(inputs, training=True, dropout_seed=dropout_seed)
+        output = self.network(inputs, **dropout)
         return Computed(self.loss(self.diffusion, output, x_0=x_0, x_t=x_t, t=t, eps=eps), output, x_t, t)  # Eq. 14
 
     def sums(self, x_0: tf.Tensor, computed: Computed) -> tf.Tensor:
@@ -92,10 +115,15 @@ class Objective:
 
         Raises:
             InputError: no dict with "image", another dtype or shape, labels that are missing.
-            tf.errors.InvalidArgumentError, when it runs: a value outside [-1, 1].
+            tf.errors.InvalidArgumentError, when it runs: a value outside [-1, 1], a label outside 0..num_classes.
         """
+        if isinstance(batch, tuple) and len(batch) == 1:  # so Keras gives arrays
+            (batch,) = batch
         if not isinstance(batch, dict) or "image" not in batch:
-            raise InputError('fit takes batches {"image": float32 [B, H, W, C] in [-1, 1], ("label": int32 [B])}.')
+            raise InputError(
+                'fit takes batches {"image": float32 [B, H, W, C] in [-1, 1], ("label": int32 [B])} and no targets, found '
+                f"{_described(batch)}. `make_dataset` makes them."
+            )
         images, expected = batch["image"], tuple(self.network.image_shape)
         if images.dtype != tf.float32 or tuple(images.shape[1:]) != expected:
             raise InputError(
@@ -105,8 +133,28 @@ class Objective:
         message = "Images must lie within [-1, 1]; the largest absolute value is above 1. Scale with x / 127.5 - 1."
         with tf.control_dependencies([tf.debugging.assert_less_equal(largest, 1.0, message=message)]):
             images = tf.identity(images)
-        if getattr(self.network, "num_classes", None) is None:
+        num_classes = getattr(self.network, "num_classes", None)
+        if num_classes is None:
             return images, None
         if "label" not in batch:
             raise InputError('A class-conditional network needs batches with "label".')
-        return images, batch["label"]
+        return images, checked_labels(batch["label"], images, num_classes)
+
+
+def checked_labels(labels: tf.Tensor, images: tf.Tensor, num_classes: int) -> tf.Tensor:
+    """int32 [B]; without the check, Keras would take -1 for the null class, and a cast would wrap round."""
+    if not labels.dtype.is_integer or not labels.shape.is_compatible_with(images.shape[:1]):
+        raise InputError(f"Labels must be integers, one per image, found {labels.dtype.name} {labels.shape}.")
+    labels = tf.cast(labels, tf.int64)
+    message = f"Labels must lie within 0..{num_classes}, where {num_classes} means no class."
+    is_good = tf.reduce_all((labels >= 0) & (labels <= num_classes))
+    with tf.control_dependencies([tf.debugging.Assert(is_good, [message, labels])]):
+        return tf.cast(labels, tf.int32)
+
+
+def _described(batch: Any) -> str:
+    if isinstance(batch, dict):
+        return f"a dict with {sorted(map(str, batch))}"
+    if isinstance(batch, tuple):
+        return f"a tuple of {len(batch)}"
+    return f"{type(batch).__name__} {getattr(batch, 'shape', '')}".strip()

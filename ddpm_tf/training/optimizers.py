@@ -5,6 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from ddpm_tf import checks
 from ddpm_tf.choices import Choice, choose
 from ddpm_tf.errors import InputError
 from ddpm_tf.networks.contract import Network
@@ -78,7 +79,7 @@ class RMSProp(keras.optimizers.RMSprop):
 def _adam(
     schedule: LinearWarmup, *, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-8
 ) -> keras.optimizers.Optimizer:
-    if not (0 <= beta_1 < 1 and 0 <= beta_2 < 1):
+    if not (0 <= checks.real("beta_1", beta_1) < 1 and 0 <= checks.real("beta_2", beta_2) < 1):
         raise InputError(f"beta_1 and beta_2 must be within [0, 1), found {beta_1} and {beta_2}.")
     return Adam(schedule, beta_1=beta_1, beta_2=beta_2, epsilon=_checked_epsilon(epsilon))
 
@@ -89,7 +90,7 @@ def _rmsprop(schedule: LinearWarmup, *, epsilon: float = 1e-8) -> keras.optimize
 
 
 def _checked_epsilon(epsilon: float) -> float:
-    if not 0 < epsilon < 1:
+    if not 0 < checks.real("epsilon", epsilon) < 1:
         raise InputError(f"epsilon must be within (0, 1), found {epsilon}.")
     return epsilon
 
@@ -113,20 +114,22 @@ def make_optimizer(
             of the other optimizer that is not at its default.
     """
     make = choose("optimizer", name, OPTIMIZERS, settings)
-    if not 0 < learning_rate < float("inf") or warmup_steps < 0:
-        raise InputError(
-            f"learning_rate must be positive and warmup_steps at least 0, found {learning_rate} and {warmup_steps}."
-        )
+    if checks.real("learning_rate", learning_rate, high=1e37) <= 0:  # it is used in float32
+        raise InputError(f"learning_rate must be above 0, found {learning_rate}.")
+    warmup_steps = checks.integer("warmup_steps", warmup_steps, low=0, high=2**63 - 1)
     return make(LinearWarmup(learning_rate, warmup_steps))
 
 
 def slots_by_name(optimizer: keras.optimizers.Optimizer, network: Network) -> dict[str, keras.Variable]:
-    """{optimizer/SLOT/PATH: variable} of an optimizer's moments, where PATH is that of the network's weight."""
+    """{optimizer/SLOT/PATH: variable} of an optimizer's moments, where PATH is that of the network's weight; and
+    optimizer/learning_rate, if it is no schedule."""
     # Keras names a slot OPTIMIZER/PATH_WITH_UNDERSCORES_slot, and numbers the optimizers of a process.
     paths = {v.path.replace("/", "_"): v.path for v in network.trainable_variables}
     named = {}
     for v in optimizer.variables:
-        if v is not optimizer.iterations:
+        if v is getattr(optimizer, "_learning_rate", None):  # Keras makes it a variable if it is no schedule
+            named["optimizer/learning_rate"] = v
+        elif v is not optimizer.iterations:
             owner, _, slot = v.path.partition("/")[2].rpartition("_")
             named[f"optimizer/{slot}/{paths[owner]}"] = v
     return named

@@ -1,18 +1,20 @@
 """The trainer: replicas, micro-batches, loss scale, clipping, skipped steps and the moving average. It knows no diffusion."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from ddpm_tf import checks
 from ddpm_tf.diffusion.process import GaussianDiffusion
-from ddpm_tf.errors import InputError, unknown_name
+from ddpm_tf.errors import InputError
 from ddpm_tf.networks.contract import Network
 from ddpm_tf.training import diagnostics
 from ddpm_tf.training.ema import make_ema_network, update_ema
+from ddpm_tf.training.held_out import HeldOut
 from ddpm_tf.training.loss_scale import LossScale
-from ddpm_tf.training.objective import Objective
+from ddpm_tf.training.objective import Objective, checked_labels
 from ddpm_tf.training.optimizers import slots_by_name
 from ddpm_tf.training.skipped import SkippedCounts, counter
 from ddpm_tf.training.step_flags import StepFlags
@@ -84,40 +86,144 @@ class DiffusionModel(keras.Model):
         self.objective = Objective(
             network, diffusion, seed=seed, loss=loss, loss_weight=loss_weight, loss_settings=loss_settings
         )
-        if grad_clip_mode not in GRAD_CLIP_MODES:
-            raise unknown_name("grad_clip_mode", grad_clip_mode, GRAD_CLIP_MODES)
-        if not (
-            0 <= ema_decay < 1 and 0 <= grad_clip < tf.float32.max and max_skipped_steps >= 1 and micro_batches >= 1
-        ):
-            raise InputError(
-                "ema_decay must be within [0, 1), grad_clip at least 0, max_skipped_steps and micro_batches at least 1, "
-                f"found {ema_decay}, {grad_clip}, {max_skipped_steps} and {micro_batches}."
-            )
+        checks.known("grad_clip_mode", grad_clip_mode, GRAD_CLIP_MODES)
+        if not 0 <= checks.real("ema_decay", ema_decay) < 1:
+            raise InputError(f"ema_decay must be within [0, 1), found {ema_decay}.")
+        grad_clip = checks.real("grad_clip", grad_clip, low=0, high=1e37)
+        max_skipped_steps = checks.integer("max_skipped_steps", max_skipped_steps, low=1, high=2**63 - 1)
+        micro_batches = checks.integer("micro_batches", micro_batches, low=1, high=2**31 - 1)
         self.network, self.ema_network, self.diffusion = network, make_ema_network(network), diffusion
         self.ema_decay, self.grad_clip, self.grad_clip_mode = ema_decay, grad_clip, grad_clip_mode
         self.max_skipped_steps, self.micro_batches = max_skipped_steps, micro_batches
         self.loss_scale, self.skipped = LossScale(network.compute_dtype == "float16"), SkippedCounts()
         self.stop_wish, self.stop_votes = counter(0), counter(0)
         self.not_finite_at = counter([-1] * tf.distribute.get_strategy().num_replicas_in_sync)
+        self.held_out = HeldOut()
         self.built = True
 
     def compile(
-        self, optimizer: keras.optimizers.Optimizer, *, jit_compile: bool = False, steps_per_execution: int = 1
+        self,
+        optimizer: keras.optimizers.Optimizer | str | dict,
+        *,
+        jit_compile: bool | str = False,
+        steps_per_execution: int = 1,
+        run_eagerly: bool = False,
+        **others: Any,
     ) -> None:
         """Set the optimizer and make its slots.
 
         Args:
-            optimizer: it belongs to this model from here on: its variables are made for this network, and its private method
-                `_all_reduce_sum_gradients` is replaced, since the model sums gradients over replicas itself.
-            jit_compile: compile the loss and its gradient by XLA.
+            optimizer: a Keras optimizer, or what `keras.optimizers.get` makes one of: "adam" is Keras' Adam. `make_optimizer`
+                makes the paper's, with warm-up. It belongs to this model from here on: its variables are made for this
+                network, and its private method `_all_reduce_sum_gradients` is replaced, since the model sums gradients over
+                replicas itself.
+            jit_compile: compile the loss and its gradient by XLA; auto: if there is a GPU.
+            steps_per_execution: steps per call of the compiled function.
+            run_eagerly: run the step op by op, to look into it with a debugger; slow.
+            others: Keras' other arguments, loss and metrics, must be None: the model has its own loss.
+
+        Raises:
+            InputError
         """
-        super().compile(optimizer=optimizer, steps_per_execution=steps_per_execution, jit_compile=False)
+        if given := sorted(name for name, value in others.items() if value is not None and value != "auto"):
+            raise InputError(
+                f"compile takes no {', '.join(given)}: the loss is chosen by DiffusionModel(loss=..., loss_weight=...), and "
+                f"fit logs {', '.join(LOGS[:3])} and others."
+            )
+        if jit_compile == "auto":
+            jit_compile = not run_eagerly and bool(tf.config.list_physical_devices("GPU"))
+        jit_compile = checks.boolean("jit_compile", jit_compile)
+        run_eagerly = checks.boolean("run_eagerly", run_eagerly)
+        steps_per_execution = checks.integer("steps_per_execution", steps_per_execution, low=1, high=2**31 - 1)
+        if jit_compile and run_eagerly:
+            raise InputError("jit_compile and run_eagerly exclude each other; choose one.")
+        optimizer = _checked_optimizer(optimizer)
+        super().compile(
+            optimizer=optimizer, steps_per_execution=steps_per_execution, run_eagerly=run_eagerly, jit_compile=False
+        )
         optimizer.build(self.network.trainable_variables)
         optimizer._all_reduce_sum_gradients = lambda gradients_and_variables: gradients_and_variables
-        self._compiled = tf.function(self.loss_and_gradient, jit_compile=jit_compile, autograph=False)
+        self._compiled = self.loss_and_gradient
+        if not run_eagerly:
+            self._compiled = tf.function(self.loss_and_gradient, jit_compile=jit_compile, autograph=False)
 
     def call(self, inputs: dict[str, tf.Tensor], training: bool = False) -> tf.Tensor:
+        """The network's output on {"x_t": [B, H, W, C], "t": int32 [B], ("labels": int32 [B])}, as `predict` gives it."""
         return self.network(inputs, training=training)
+
+    def __call__(self, inputs: dict[str, tf.Tensor], training: bool = False) -> tf.Tensor:
+        return self.network(inputs, training=training)  # not by way of Keras, which adds lines of its own to errors
+
+    def evaluate(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        verbose: Any = "auto",
+        sample_weight: Any = None,
+        steps: int | None = None,
+        callbacks: Any = None,
+        return_dict: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The mean training loss of held-out images, with the weights as they are trained, not with their average.
+
+        The draws are a function of (seed, number of the batch, position in it), so that two evaluations of the same weights
+        give the same number, and those of other weights differ by the weights alone. Nothing is changed. There is no dropout.
+        `fit(validation_data=...)` logs it as val_loss. To evaluate the average: DiffusionModel(model.ema_network, ...).
+
+        Args:
+            x: batches as those of `fit`, or {"image": array, ...}. There are no targets y and no sample weights.
+            batch_size, verbose, callbacks, kwargs: as of `keras.Model.evaluate`.
+            steps: the number of batches; an endless dataset needs it.
+
+        Returns:
+            the loss, or with return_dict=True {"loss": it}.
+        """
+        _refuse_given("evaluate", y=y, sample_weight=sample_weight)
+        _refuse_endless(x, steps, "evaluate", "steps")
+        super().evaluate(x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks, **kwargs)
+        # Not Keras' own logs: it has none if the batches are no multiple of steps_per_execution.
+        loss = float(self.held_out.mean())
+        return {"loss": loss} if return_dict else loss
+
+    def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """`keras.Model.fit`, without targets y and without weights of examples or classes.
+
+        An endless dataset, as of `make_dataset`, needs `steps_per_epoch` or, to validate with, `validation_steps`.
+        """
+        weights = {name: kwargs.get(name) for name in ("sample_weight", "class_weight")}
+        _refuse_given("fit", y=y, **weights)
+        _refuse_endless(x, kwargs.get("steps_per_epoch"), "fit", "steps_per_epoch")
+        _refuse_endless(kwargs.get("validation_data"), kwargs.get("validation_steps"), "fit", "validation_steps")
+        return super().fit(x, y, *args, **kwargs)
+
+    # What would go wrong in Keras' own way
+
+    def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        raise InputError(
+            "train_on_batch would compile the step anew at every call. Use fit(dataset, steps_per_epoch=1)."
+        )
+
+    def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        raise InputError("test_on_batch would compile the step anew at every call. Use evaluate(dataset, steps=1).")
+
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        raise InputError(
+            "A DiffusionModel cannot be saved as a whole, since it holds a diffusion and an objective. Save its network, "
+            "model.network.save(PATH) or model.ema_network.save(PATH); or all weights and moments, model.save_weights(PATH)."
+        )
+
+    def export(self, *args: Any, **kwargs: Any) -> None:
+        raise InputError(
+            "A DiffusionModel cannot be exported; use run_export.py, or ddpm_tf.serving.export.save_model."
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        raise InputError(
+            "A DiffusionModel has no config, since it holds a diffusion and an objective; model.network.get_config() is the "
+            "network's. So it can be neither cloned nor serialised; make another DiffusionModel."
+        )
 
     def state(self) -> dict[str, tf.Variable]:
         """{name: variable} of all that a run needs to be resumed.
@@ -255,23 +361,64 @@ class DiffusionModel(keras.Model):
     def _clipped(self, gradients: list[tf.Tensor], limit: float, norm: tf.Tensor) -> list[tf.Tensor]:
         return tf.clip_by_global_norm(gradients, limit, use_norm=norm)[0] if limit else gradients
 
+    @property
+    def metrics(self) -> list:
+        """None: the logs of a step are its numbers, not running means."""
+        return []
+
+    def reset_metrics(self) -> None:
+        self.held_out.reset()
+
+    def test_step(self, batch: Any) -> dict[str, tf.Tensor]:
+        """Add one batch to the mean of `evaluate`; called outside the replicas."""
+        strategy = self.distribute_strategy
+        loss, count = strategy.run(self._held_out_sums, (batch, tf.identity(self.held_out.batches)))
+        self.held_out.add(*(strategy.experimental_local_results(v)[0] for v in (loss, count)))
+        return {"loss": self.held_out.mean()}
+
+    def predict_step(self, data: Any) -> tf.Tensor:
+        inputs = data[0] if isinstance(data, tuple) else data
+        if self.network.num_classes is not None and isinstance(inputs, dict) and {"x_t", "labels"} <= inputs.keys():
+            labels = checked_labels(inputs["labels"], inputs["x_t"], self.network.num_classes)
+            inputs = {**inputs, "labels": labels}
+        return self(inputs)
+
+    def _held_out_sums(self, batch: Any, number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """(sum of the losses, number of images) of the global batch, whose parts may differ in size."""
+        context = tf.distribute.get_replica_context()
+        images, labels = self.objective.check(batch)
+        size = tf.shape(images)[0]
+        replica = context.replica_id_in_sync_group
+        sizes = context.all_reduce("SUM", tf.one_hot(replica, context.num_replicas_in_sync, dtype=tf.int32) * size)
+        index = tf.reduce_sum(sizes[:replica]) + tf.range(size)
+        losses = self.objective.held_out_losses(images, labels, index, number)
+        return context.all_reduce("SUM", tf.reduce_sum(losses)), tf.reduce_sum(sizes)
+
     # Keras' own train function fails under several workers and with steps_per_execution under several replicas
-    # (keras#20585, keras#19246); the two methods below replace the two that are at fault.
+    # (keras#20585, keras#19246), and so does its test function; the methods below replace those that are at fault.
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
         """Nothing to do: network and optimizer are built when they are made."""
 
     def make_train_function(self, force: bool = False) -> None:
         """The compiled loop over `steps_per_execution` steps; logs are those of the last step."""
-        if getattr(self, "train_function", None) is not None and not force:
-            return
+        if getattr(self, "train_function", None) is None or force:
+            self.train_function = self._looped(self.train_step, LOGS)
+
+    def make_test_function(self, force: bool = False) -> None:
+        """As `make_train_function`; the log is the mean over all batches since `reset_metrics`."""
+        if getattr(self, "test_function", None) is None or force:
+            self.test_function = self._looped(self.test_step, ("loss",))
+
+    def _looped(self, step: Callable[[Any], dict[str, tf.Tensor]], names: Sequence[str]) -> Callable[[Any], Any]:
+        """iterator -> logs of `steps_per_execution` steps."""
         steps = self.steps_per_execution
 
         def one_step(iterator: Any) -> dict[str, tf.Tensor]:
-            return self.train_step(next(iterator))
+            return step(next(iterator))
 
         def many_steps(iterator: Any) -> dict[str, tf.Tensor]:
-            zeros = {name: tf.zeros(()) for name in LOGS}
+            zeros = {name: tf.zeros(()) for name in names}
             _, logs = tf.while_loop(
                 lambda i, _: i < steps,
                 lambda i, _: (i + 1, one_step(iterator)),
@@ -280,5 +427,41 @@ class DiffusionModel(keras.Model):
             )
             return logs
 
+        looped = one_step if steps == 1 else many_steps
         # Without autograph the step is traced once, which is most of the time that a small run takes to start.
-        self.train_function = tf.function(one_step if steps == 1 else many_steps, autograph=False)
+        return looped if self.run_eagerly else tf.function(looped, autograph=False)
+
+
+def _checked_optimizer(optimizer: Any) -> keras.optimizers.Optimizer:
+    """A Keras optimizer that leaves averages and accumulation to the model."""
+    try:
+        optimizer = keras.optimizers.get(optimizer)
+        if optimizer is None:
+            raise TypeError
+    except (ValueError, TypeError) as e:
+        raise InputError(
+            f"optimizer must be a Keras optimizer or its name, such as 'adam'; found {optimizer!r}."
+        ) from e
+    if optimizer.use_ema or optimizer.gradient_accumulation_steps:
+        raise InputError(
+            "The optimizer's use_ema and gradient_accumulation_steps must be off; DiffusionModel has ema_decay and "
+            "micro_batches."
+        )
+    return optimizer
+
+
+def _refuse_given(verb: str, **values: Any) -> None:
+    """Keras would leave weights out without a word where there are no targets."""
+    for name, value in values.items():
+        if value is not None:
+            raise InputError(
+                f'{verb} takes no {name}; it takes batches {{"image": float32 [B, H, W, C] in [-1, 1], ("label": int32 [B])}}.'
+            )
+
+
+def _refuse_endless(x: Any, steps: int | None, verb: str, argument: str) -> None:
+    """Keras would go on for ever, without a word."""
+    if isinstance(x, tf.data.Dataset) and steps is None:
+        cardinality = int(x.cardinality())
+        if cardinality == tf.data.INFINITE_CARDINALITY or cardinality > 2**40:
+            raise InputError(f"{verb} would never end, since the dataset is endless; give {argument}.")

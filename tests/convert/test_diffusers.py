@@ -18,6 +18,7 @@ from tests.conftest import DATA, drawn_weight
 
 SMALL = Path(DATA) / "diffusers_small"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+KEY = "conv_in.weight"
 OLD_KEYS = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
@@ -86,6 +87,105 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         save_diffusers(network, tmp_path / "c")
     assert {p.name for p in tmp_path.iterdir()} == {"empty", "a"}
+
+
+def shard(folder, number=2, *, half=False):
+    """The folder's weights in several files, as diffusers names them, with their index."""
+    arrays = load_file(folder / WEIGHTS)
+    names = [f"diffusion_pytorch_model-{k + 1:05}-of-{number:05}.safetensors" for k in range(number)]
+    where = {key: names[k % number] for k, key in enumerate(sorted(arrays))}
+    for name in names:
+        save_file({key: arrays[key] for key in arrays if where[key] == name}, folder / name)
+    index = {"metadata": {"total_size": 0}, "weight_map": where}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    (folder / WEIGHTS).unlink()
+    return names
+
+
+@pytest.mark.parametrize("start", ["", "diffusion_pytorch_model-00002-of-00002.safetensors", f"{WEIGHTS}.index.json"])
+def test_sharded_weights_are_read_whole(folder, start):
+    shard(folder)
+    ours, theirs = output(load_diffusers(folder / start))
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_half_precision_under_its_own_name_is_read_exactly(folder):
+    arrays = {key: array.astype(np.float16) for key, array in load_file(folder / WEIGHTS).items()}
+    (folder / WEIGHTS).unlink()
+    save_file(arrays, folder / "diffusion_pytorch_model.fp16.safetensors")
+    network = load_diffusers(folder)
+    bias = network.get_layer("conv_out").get_weights()[1]
+    np.testing.assert_array_equal(bias, arrays["conv_out.bias"].astype(np.float32))
+
+
+def damaged_shards(change):
+    def damage(folder):
+        names = shard(folder)
+        path = folder / f"{WEIGHTS}.index.json"
+        index = json.loads(path.read_text())
+        change(folder, names, index)
+        if path.exists():
+            path.write_text(json.dumps(index))
+
+    return damage
+
+
+def twice(folder, names, index):
+    first, second = (load_file(folder / name) for name in names)
+    save_file({**second, KEY: {**first, **second}[KEY]}, folder / names[1])
+    save_file({**first, KEY: {**first, **second}[KEY]}, folder / names[0])
+
+
+SHARDS = {
+    "no index": (lambda f, n, i: (f / f"{WEIGHTS}.index.json").unlink(), "without their index"),
+    "one missing": (lambda f, n, i: (f / n[1]).unlink(), "copy all 2 shards"),
+    "an index without a map": (lambda f, n, i: i.pop("weight_map"), "weight_map is None"),
+    "an index that leaves the folder": (
+        lambda f, n, i: i["weight_map"].update({KEY: "../x.safetensors"}),
+        "beside the index",
+    ),
+    "an index that names a pickle": (
+        lambda f, n, i: i["weight_map"].update({KEY: "x.bin"}),
+        "expected a .safetensors file",
+    ),
+    "an index of numbers": (lambda f, n, i: i["weight_map"].update({KEY: 3}), "weight_map names 3"),
+    "a weight in both": (twice, "a second time"),
+    "one cut": (lambda f, n, i: (f / n[0]).write_bytes((f / n[0]).read_bytes()[:-40]), "damaged"),
+}
+
+
+@pytest.mark.parametrize("name", SHARDS)
+def test_damaged_shards_are_refused(folder, name):
+    change, message = SHARDS[name]
+    damaged_shards(change)(folder)
+    with pytest.raises(InputError, match=message):
+        load_diffusers(folder)
+
+
+def test_several_variants_ask_for_the_path_of_one(folder):
+    (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+    shutil.copy(folder / "diffusion_pytorch_model.fp16.safetensors", folder / "diffusion_pytorch_model.ema.safetensors")
+    with pytest.raises(InputError, match="2 sets of weights .*give the path of the one to read"):
+        load_diffusers(folder)
+    load_diffusers(folder / "diffusion_pytorch_model.ema.safetensors")
+
+
+def test_a_folder_above_the_models_is_answered_with_the_models(folder):
+    with pytest.raises(InputError, match=f"Did you mean {folder}"):
+        load_diffusers(folder.parent)
+
+
+@pytest.mark.parametrize("groups", [16, 4])
+def test_the_number_of_groups_goes_both_ways(tmp_path, groups):
+    network = UNet((8, 8, 1), ch=32, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), num_groups=groups)
+    save_diffusers(network, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["norm_num_groups"] == groups and written["attn_norm_num_groups"] is None
+    (tmp_path / "out" / "config.json").write_text(json.dumps({**written, "attn_norm_num_groups": groups}))
+    assert read_architecture(str(tmp_path / "out" / "config.json"))["num_groups"] == groups
+    (tmp_path / "out" / "config.json").write_text(json.dumps({**written, "attn_norm_num_groups": 32}))
+    with pytest.raises(InputError, match=f"attn_norm_num_groups is 32, expected null or norm_num_groups={groups}"):
+        read_architecture(str(tmp_path / "out" / "config.json"))
 
 
 def expected_keys(network):
@@ -184,12 +284,11 @@ def pickled(folder):
     (folder / WEIGHTS).write_bytes(pickle.dumps({"conv_in.weight": [1.0]}))
 
 
-KEY = "conv_in.weight"
 Q = "mid_block.attentions.0.to_q.weight"
 DAMAGES = {
     "cut in half": (raw(lambda d: d[: len(d) // 2]), "damaged"),
     "cut in the header": (raw(lambda d: d[:100]), "of more than [0-9,]+ bytes"),
-    "empty": (raw(lambda d: b""), "has 0: the file is truncated"),
+    "empty": (raw(lambda d: b""), "has 0: the weights are truncated"),
     "bytes appended": (raw(lambda d: d + b"x" * 8), "damaged"),
     "header length of 2^63": (raw(lambda d: struct.pack("<Q", 2**63) + d[8:]), "its header claims 9,223"),
     "header length 0": (raw(lambda d: bytes(8) + d[8:]), "its header claims 0"),
@@ -197,7 +296,10 @@ DAMAGES = {
     "an offset past the end": (header(lambda h: h[KEY].update(data_offsets=[0, 2**40])), "damaged"),
     "a shape that lies": (header(lambda h: h[KEY].update(shape=[2**20, 2**20])), "damaged"),
     "an overlap": (header(lambda h: h[KEY].update(data_offsets=h[Q]["data_offsets"])), "damaged"),
-    "another dtype": (header(lambda h: h[KEY].update(dtype="I32")), "I32, expected F32"),
+    "another dtype": (header(lambda h: h[KEY].update(dtype="I32")), "I32, expected F32 or F16"),
+    "bfloat16": (
+        weights(lambda a: a.update({key: array.astype("bfloat16") for key, array in a.items()})), "BF16, expected F32 or F16",
+    ),
     "a pickle with this suffix": (pickled, "its header claims|damaged"),
     "a missing weight": (weights(lambda a: a.pop(KEY)), f"{KEY} +missing in the file"),
     "an extra weight": (weights(lambda a: a.update(extra=np.zeros(3, np.float32))), "extra .*no such weight here"),
@@ -221,6 +323,19 @@ DAMAGES = {
     "block types of another kind": (config(down_block_types=["A", "B"]), "down_block_types"),
     "channels that are no numbers": (config(block_out_channels="many"), "block_out_channels is 'many'"),
     "a config that is no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read as a diffusers config"),
+    "a byte order mark of UTF-16": (
+        lambda f: (f / "config.json").write_text((f / "config.json").read_text(), encoding="utf-16"), "cannot be read as",
+    ),
+    "a key twice": (
+        lambda f: (f / "config.json").write_text('{"dropout": 0, "dropout": 0.5}'), "the key 'dropout' is there twice",
+    ),
+    "deep nesting": (lambda f: (f / "config.json").write_text("[" * 10**6), "nested too deeply"),
+    "a number of many digits": (lambda f: (f / "config.json").write_text('{"dropout": 1' + "0" * 5000 + "}"), "cannot be read"),
+    "a huge epsilon": (config(norm_eps=10**400), "norm_eps is 1000"),
+    "a config that is a folder": (
+        lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()), "does not exist|not a regular file",
+    ),
+    "another middle": (config(mid_block_type=None), "mid_block_type is None"),
     "no config": (lambda f: (f / "config.json").unlink(), "does not exist; the architecture"),
     "only a pickle": (lambda f: (f / WEIGHTS).rename(f / "diffusion_pytorch_model.bin"), "can run code"),
 }  # fmt: skip

@@ -10,7 +10,13 @@ import tensorflow as tf
 
 from configs import digits
 from ddpm_tf import builders, experiment
-from ddpm_tf.convert.tf1 import fields_of_kwargs, load_tf1_checkpoint, read_tf1_checkpoint, save_tf1_checkpoint
+from ddpm_tf.convert.tf1 import (
+    TF1State,
+    fields_of_kwargs,
+    load_tf1_checkpoint,
+    read_tf1_checkpoint,
+    save_tf1_checkpoint,
+)
 from ddpm_tf.errors import InputError
 from ddpm_tf.networks import UNet
 from ddpm_tf.storage import checkpoints
@@ -33,6 +39,7 @@ def config(num_steps=17):
     config = digits.get_config()
     config.data.batch_size = 8
     config.network.ch_mult = (1, 1)
+    config.network.num_groups = 32
     config.train.num_steps = num_steps
     config.train.log_every = 1
     config.train.sample_every = 0
@@ -248,6 +255,17 @@ def test_nothing_is_assigned_when_the_network_is_another():
         load_tf1_checkpoint(CHECKPOINT, unet)
     for a, b in zip(before, unet.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "path", ["", "new/", "new/deep/", ".", "folder", "folder/", "gs://b/c", "c.index", "c.data-00000-of-00001"]
+)
+def test_a_path_that_would_make_hidden_or_double_named_files_is_refused(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="is a folder|is an address|has a suffix|is no path"):
+        save_tf1_checkpoint(path, TF1State({}, {}, None, None, None))
+    assert [p.name for p in tmp_path.rglob("*")] == ["folder"]
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".bin", ".pkl", ".h5", ".keras", ".npy", ".ckpt.pt"])

@@ -164,6 +164,15 @@ def test_unknown_names_list_the_known_ones(kwargs):
         GaussianDiffusion(Schedule(make_betas("linear", 1000)), **kwargs)
 
 
+def test_eps_is_refused_where_float32_holds_no_way_back_to_x_0():
+    for betas in (make_betas("linear_scaled", 20), np.full(200, 0.6), np.full(1000, 0.999)):
+        with pytest.raises(InputError, match="This chain ends at alphas_cumprod = .*Use prediction 'x_0' or 'v'") as e:
+            GaussianDiffusion(Schedule(betas))
+        assert "jsd" not in str(e.value)  # which is another schedule
+        GaussianDiffusion(Schedule(betas), prediction="v")
+    GaussianDiffusion(Schedule(np.full(200, 0.5)))  # 1e-60: its inverse root is 1e30
+
+
 def test_eps_is_refused_where_no_signal_is_left():
     schedule = Schedule(make_betas("jsd", 100))
     with pytest.raises(InputError, match="Use prediction 'x_0' or 'v'"):

@@ -88,8 +88,41 @@ def test_unknown_schedule_lists_names():
 
 
 def test_no_timesteps_are_refused():
-    with pytest.raises(InputError, match="at least 1, found 0"):
+    with pytest.raises(InputError, match=r"num_timesteps must be within 1\.\.1000000, found 0"):
         make_betas("cosine", 0)
+
+
+@pytest.mark.parametrize("T", [10**9, 2**70, 1000.0, "1000", None, True])
+def test_a_number_of_timesteps_that_is_none_is_refused_before_memory_is_asked_for(T):
+    with pytest.raises(InputError, match="num_timesteps must be"):
+        make_betas("linear", T)
+    with pytest.raises(InputError, match="num_timesteps must be"):
+        space_timesteps(T, 10, "uniform")
+
+
+@pytest.mark.parametrize("S", [10.0, "10", None, True, np.float32(10)])
+def test_a_number_of_steps_is_an_integer(S):
+    with pytest.raises(InputError, match="num_steps must be an integer"):
+        space_timesteps(1000, S, "uniform")
+
+
+@pytest.mark.parametrize("value", [None, "0.1", float("nan"), float("inf"), [0.1], True])
+def test_a_setting_of_a_schedule_is_a_finite_number(value):
+    for name, setting in (("linear", "beta_start"), ("cosine", "s"), ("sigmoid", "tau")):
+        with pytest.raises(InputError, match=f"{setting} must be a"):
+            make_betas(name, 10, **{setting: value})
+
+
+@pytest.mark.parametrize("timesteps", [[0, 1.5], [0, 1000], [-1, 3], [5, 5], [0], "ab", None])
+def test_the_timesteps_of_a_chain_ascend_in_the_trained_one(timesteps):
+    trained = Schedule(make_betas("linear", 1000))
+    if timesteps is None:  # those of a chain of its own
+        assert Schedule([0.1, 0.2]).timesteps.tolist() == [0, 1]
+        return
+    with pytest.raises(InputError, match="timesteps"):
+        Schedule([0.1, 0.2], timesteps=timesteps, trained=trained)
+    with pytest.raises(InputError, match="timesteps"):
+        trained.respace([0.0, 1.0])
 
 
 def test_a_chain_that_keeps_signal_warns(caplog):

@@ -10,7 +10,7 @@ import tensorflow as tf
 from ddpm_tf.errors import InputError
 from ddpm_tf.networks import UNet
 from ddpm_tf.networks.layers import stateless_dropout, timestep_embedding
-from ddpm_tf.networks.unet import warn_of_single_channels
+from ddpm_tf.networks.unet import _least_parameters, warn_of_single_channels
 from tests.conftest import tf1_name
 
 SMALLEST = {"ch": 32, "ch_mult": (1,), "num_res_blocks": 1, "attn_resolutions": ()}
@@ -135,6 +135,80 @@ def test_dropout_keeps_the_mean_and_differs_between_layers():
 def test_shapes_that_cannot_be_are_refused(shape, kwargs, message):
     with pytest.raises(InputError, match=message):
         UNet(shape, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (
+            {"ch": 100_000 * 32},
+            r"[\d,]+ parameters or more, would take at least [\d,.]+ GiB of memory, and this machine has",
+        ),
+        ({"ch_mult": (1, 10**6)}, "GiB of memory"),
+        ({"num_classes": 2**30}, "GiB of memory"),
+        ({"num_res_blocks": 10**6}, r"num_res_blocks must be within 1\.\.1000, found 1000000"),
+        ({"ch_mult": (1,) * 10**5}, "ch_mult must have 1 to 20 entries, one per level, found 100000"),
+        ({"ch": 32.0}, "ch must be an integer, found 32.0"),
+        ({"ch": True}, "ch must be an integer"),
+        ({"ch_mult": 2}, "ch_mult have the shape"),
+        ({"ch_mult": (1, 1.5)}, "ch_mult must be an integer, found 1.5"),
+        ({"ch_mult": (1, 0)}, "ch_mult hold 0"),
+        ({"num_res_blocks": None}, "num_res_blocks must be an integer"),
+        ({"attn_resolutions": ("16",)}, "attn_resolutions must be integers"),
+        ({"dropout": None}, "dropout must be a number"),
+        ({"dropout": float("nan")}, "dropout must be a finite number"),
+        ({"theta": "1e4"}, "theta must be a number"),
+        ({"num_classes": 0}, "num_classes must be within"),
+        ({"num_classes": 2.0}, "num_classes must be an integer"),
+        ({"out_channels": 0}, "out_channels must be within"),
+        ({"resamp_with_conv": "no"}, "resamp_with_conv must be True or False"),
+        ({"remat": 1}, "remat must be True or False"),
+        ({"seed": 0.5}, "seed must be an integer"),
+        ({"seed": 2**63}, "seed must be within"),
+    ],
+)
+def test_settings_of_another_type_or_beyond_this_machine_are_refused(kwargs, message):
+    with pytest.raises(InputError, match=message):
+        UNet((32, 32, 3), **kwargs)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (32, 32, 3, 1), (0, 32, 3), (32.0, 32, 3), 32, None, ("a", 1, 1)])
+def test_an_image_shape_is_three_sizes(shape):
+    with pytest.raises(InputError, match="The sizes in image_shape"):
+        UNet(shape)
+
+
+def test_an_image_that_this_machine_cannot_hold_is_refused():
+    with pytest.raises(InputError, match="one image of 1048576x1048576 would take at least .* GiB"):
+        UNet((2**20, 2**20, 3), ch=32, attn_resolutions=())
+
+
+@pytest.mark.parametrize("kwargs", [SMALLEST, TINY, {**TINY, "num_res_blocks": 3, "num_classes": 10}, {"ch": 32}])
+def test_the_least_number_of_parameters_is_below_and_near_the_number(kwargs):
+    network = UNet((32, 32, 3), **kwargs | {"attn_resolutions": ()})
+    least = _least_parameters(network.ch, network.ch_mult, network.num_res_blocks, network.num_classes)
+    assert network.count_params() / 5 < least <= network.count_params()
+
+
+def test_labels_that_keras_would_wrap_round_are_refused():
+    network = UNet((8, 8, 1), num_classes=3, **SMALLEST)
+    inputs = {"x_t": tf.zeros((2, 8, 8, 1)), "t": tf.constant([0, 1])}
+    network({**inputs, "labels": tf.constant([0, 3])})
+    for labels, message in (
+        ([0, -1], "labels hold -1"),
+        ([0, 4], "labels hold 4"),
+        (np.array([0, 2**40 + 1]), "labels hold 1099511627777"),
+        ([0.0, 1.0], "labels must be"),
+        ([1], "labels have the shape"),
+    ):
+        with pytest.raises(InputError, match=f"^{message}|^Each of {message}"):
+            network({**inputs, "labels": labels})
+    with pytest.raises(InputError, match="^A class-conditional network needs labels"):
+        network(inputs)
+    with pytest.raises(InputError, match="^A network is called with"):
+        network(inputs["x_t"])
+    with pytest.raises(InputError, match="^Labels were given"):
+        UNet((8, 8, 1), **SMALLEST)({**inputs, "labels": [0, 1]})
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

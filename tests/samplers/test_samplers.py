@@ -8,9 +8,11 @@ from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.diffusion.schedules import TIMESTEP_SPACINGS, Schedule, make_betas
 from ddpm_tf.diffusion.variance import VARIANCES
 from ddpm_tf.errors import InputError
+from ddpm_tf.experiment import generate
+from ddpm_tf.networks import UNet
 from ddpm_tf.samplers import SAMPLERS, interpolate, make_sampler, sample
 from ddpm_tf.samplers.loop import initial_noise, step_noise
-from tests.conftest import run_chain
+from tests.conftest import drawn_weight, run_chain, tf1_name
 
 MU, S = 0.4, 0.5
 SCHEDULE = Schedule(make_betas("linear", 1000))
@@ -217,6 +219,15 @@ def test_any_number_of_steps_gives_finite_images(name, spacing):
         ("ddim", {"num_steps": 0}, r"within 1\.\.1000"),
         ("ddim", {"num_steps": 1001}, r"within 1\.\.1000"),
         ("ddim", {"eta": 1.5}, r"within 0\.\.1, found 1.5"),
+        ("ddim", {"eta": None}, "eta must be a number, found None"),
+        ("ddim", {"eta": "0"}, "eta must be a number, found '0'"),
+        ("ddim", {"eta": float("nan")}, "eta must be a finite number"),
+        ("ddim", {"eta": [0.5]}, "eta must be a number"),
+        ("ddpm", {"eta": np.ones(2)}, "eta is a setting of the sampler ddim"),
+        ("ddim", {"num_steps": 5.0}, "num_steps must be an integer"),
+        ("ddim", {"clip": "no"}, "clip must be True or False"),
+        ("ddim", {"spacing": ["quad"]}, "Unknown timestep spacing"),
+        (["ddim"], {}, "Unknown sampler"),
         (
             "ddpm",
             {"eta": 0.5},
@@ -237,6 +248,14 @@ def test_settings_that_cannot_be_are_refused(name, kwargs, message):
         ([[1]], {}, "shape"),
         ([1], {"labels": [0]}, "unconditional"),
         ([1], {"trace": -1}, "trace"),
+        ([1], {"trace": 0.5}, "trace must be an integer"),
+        ([1], {"shared_noise_steps": 1.0}, "shared_noise_steps must be an integer"),
+        ([0.9], {}, "must be an integer, found 0.9"),
+        (np.array([0.9]), {}, "seeds must be integers"),
+        ([2**63], {}, "seeds hold 9223372036854775808"),
+        ([True], {}, "seeds must be an integer"),
+        (7, {}, r"shape \[\]"),
+        (range(10**7), {"trace": 1}, "GiB of memory"),
     ],
 )
 def test_calls_that_cannot_be_are_refused(small_network, seeds, kwargs, message):
@@ -288,7 +307,11 @@ def test_interpolation_ends_are_reconstructions_and_the_noise_is_as_said(small_n
     for kwargs, message in (
         ({"lambdas": [0.5, 1.5]}, r"within 0\.\.1"),
         ({"lambdas": []}, r"within 0\.\.1"),
-        ({"lambdas": [0.5], "a": x_a[:4]}, r"must have shape \[8, 8, 1\], found \[4, 8, 1\]"),
+        ({"lambdas": [np.nan]}, "lambdas must be finite"),
+        ({"lambdas": 0.5}, "lambdas have the shape"),
+        ({"lambdas": [0.5], "a": (x_a * 127).astype(np.uint8)}, "x_a must be an image of floats"),
+        ({"lambdas": [0.5], "b": x_b * np.nan}, "x_b must be finite"),
+        ({"lambdas": [0.5], "a": x_a[:4]}, r"x_a have the shape \[4, 8, 1\]; expected \[8, 8, 1\]"),
     ):
         with pytest.raises(InputError, match=message):
             run(**kwargs)
@@ -321,6 +344,79 @@ class Labelled:
 
     def __call__(self, inputs, training=False):
         return inputs["x_t"] + tf.cast(inputs["labels"], tf.float32)[:, None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"labels": [0, -1]}, r"labels hold -1; expected 0\.\.3"),
+        ({"labels": [0, 4]}, r"labels hold 4; expected 0\.\.3"),
+        ({"labels": [0, 2**40 + 7]}, r"labels hold 1099511627783; expected 0\.\.3"),
+        ({"labels": [0, 2**64 + 1]}, r"labels hold 18446744073709551617; expected 0\.\.3"),
+        ({"labels": -1}, "labels hold -1"),
+        ({"labels": 1.0}, "labels must be integers"),
+        ({"labels": True}, "labels must be integers"),
+        ({"labels": [1]}, r"labels have the shape \[1\]; expected \[2\]"),
+        ({"labels": [1, 2, 3]}, r"labels have the shape \[3\]; expected \[2\]"),
+        ({"labels": [0, 1], "guidance": float("nan")}, "guidance must be finite"),
+        ({"labels": [0, 1], "guidance": [1.0, float("inf")]}, "guidance must be finite"),
+        ({"labels": [0, 1], "guidance": "2"}, "guidance must be numbers"),
+        ({"labels": [0, 1], "guidance": [1.0]}, r"guidance have the shape \[1\]; expected \[2\]"),
+        ({"labels": [0, 1], "guidance": 1e30}, "guidance must be within"),
+    ],
+)
+def test_conditions_are_one_for_each_image_and_never_wrap_round(kwargs, message):
+    network = UNet((8, 8, 1), ch=4, num_groups=2, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), num_classes=3)
+    sampler = make_sampler("ddim", GaussianDiffusion(SCHEDULE), num_steps=2)
+    with pytest.raises(InputError, match=message):
+        sample(network, sampler, [0, 1], **kwargs)
+    with pytest.raises(InputError, match=message):
+        generate(network, sampler, num_images=2, **kwargs)
+
+
+def test_a_plain_label_is_that_of_all_images_and_guidance_belongs_to_its_image():
+    network = UNet((8, 8, 1), ch=4, num_groups=2, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), num_classes=3)
+    for v in network.variables:
+        v.assign(drawn_weight(tf1_name(v.path), v.shape, 3))
+    sampler = make_sampler("ddim", GaussianDiffusion(SCHEDULE), num_steps=2)
+    for plain in (2, np.int64(2), np.array(2)):
+        np.testing.assert_array_equal(
+            sample(network, sampler, [0, 1], labels=plain).images,
+            sample(network, sampler, [0, 1], labels=[2, 2]).images,
+        )
+    one_by_one = [b.images for b in generate(network, sampler, num_images=3, guidance=[0.0, 1.0, 3.0], batch_size=1)]
+    (at_once,) = (b.images for b in generate(network, sampler, num_images=3, guidance=[0.0, 1.0, 3.0], batch_size=3))
+    # Rounding to grey levels may differ by one between batch sizes.
+    assert np.abs(np.concatenate(one_by_one).astype(int) - at_once).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_images": 10**12}, r"num_images must be within 1\.\.100000000"),
+        ({"num_images": 2.0}, "num_images must be an integer"),
+        ({"num_images": 2, "batch_size": 10**9}, "batch_size must be within"),
+        ({"num_images": 2, "batch_size": 0}, "batch_size must be within"),
+        ({"num_images": 2, "seed": 2**63 - 1}, "seed must be within"),
+        ({"num_images": 2, "seed": 0.9}, "seed must be an integer, found 0.9"),
+        ({"num_images": 1, "seed": 2**63}, "seed must be within"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused_before_anything_is_drawn(small_network, kwargs, message):
+    with pytest.raises(InputError, match=message):
+        generate(small_network, make_sampler("ddim", GaussianDiffusion(SCHEDULE), num_steps=2), **kwargs)
+
+
+def test_the_last_seeds_of_64_bits_are_drawn_and_the_next_is_refused(small_network):
+    sampler = make_sampler("ddim", GaussianDiffusion(SCHEDULE), num_steps=2)
+    (batch,) = generate(small_network, sampler, num_images=2, seed=2**63 - 2)
+    assert batch.seeds.tolist() == [2**63 - 2, 2**63 - 1]
+    x = np.zeros((8, 8, 1), np.float32)
+    with pytest.raises(InputError, match="seed must be within"):
+        interpolate(small_network, sampler, x, x, t=1, lambdas=[0.0, 1.0], seed=2**63 - 1)
+    for t in (-1, 2, 1.0, None):
+        with pytest.raises(InputError, match="t must be"):
+            interpolate(small_network, sampler, x, x, t=t, lambdas=[0.0])
 
 
 def test_guidance_goes_from_unconditional_through_conditional_and_beyond():

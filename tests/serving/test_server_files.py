@@ -1,6 +1,7 @@
 """The files beside the models: each is read by what will read it, as far as that is installed."""
 
 import contextlib
+import os
 import re
 import shutil
 import socket
@@ -33,6 +34,14 @@ def uncommented(text):
 
 def test_a_folder_holds_the_files_and_nothing_else(folder):
     assert {p.name for p in folder.iterdir()} == FILES
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_pipe_in_the_place_of_a_file_is_an_error_and_nothing_is_written(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match=f"{name} is a named pipe; expected a regular file"):
+        write_server_files(str(tmp_path), "digits", max_batch=12)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
 def test_models_config_is_a_model_server_config(folder):

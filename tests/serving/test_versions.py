@@ -76,6 +76,21 @@ def test_a_failure_of_the_file_system_leaves_nothing(tmp_path, monkeypatch, call
     assert names(tmp_path) == []
 
 
+def test_a_failed_export_leaves_none_of_the_folders_that_it_made(tmp_path):
+    for error, seen in (
+        (InputError("x"), InputError),
+        (OSError(28, "x"), StorageError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ):
+        with pytest.raises(seen), new_version(str(tmp_path / "models" / "digits"), 1):
+            raise error
+        assert names(tmp_path) == []
+    (tmp_path / "models" / "digits").mkdir(parents=True)  # the user's
+    with pytest.raises(InputError), new_version(str(tmp_path / "models" / "digits"), 1):
+        raise InputError("x")
+    assert names(tmp_path / "models") == ["digits"]
+
+
 def test_what_a_killed_export_left_is_removed_and_what_a_running_one_fills_is_not(tmp_path):
     (tmp_path / ".tmp-1-of-a-killed-one" / "variables").mkdir(parents=True)
     with new_version(str(tmp_path), 1) as running:

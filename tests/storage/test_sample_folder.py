@@ -1,8 +1,10 @@
 """run_sample.py's folder: what it holds, and that a run which was stopped goes on to the same bytes."""
 
+import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import pytest
 from PIL import Image
 
 from ddpm_tf import files
-from ddpm_tf.errors import InputError, WorkdirError
+from ddpm_tf.errors import InputError, StorageError, WorkdirError
 from ddpm_tf.experiment import sample_images
 from ddpm_tf.images import picture, png_bytes
 from ddpm_tf.storage.sample_folder import open_folder
@@ -100,10 +102,61 @@ def test_a_folder_of_something_else_and_a_busy_one_are_refused(tmp_path):
     with pytest.raises(InputError, match="exists and is not an empty folder"):
         write(tmp_path)
     (tmp_path / "busy").mkdir()
-    with files.locked(str(tmp_path / "busy")), pytest.raises(WorkdirError, match="is in use by another process"):
+    with (
+        files.locked(str(tmp_path / "busy")),
+        pytest.raises(WorkdirError, match="in use by another process: its name is unknown"),
+    ):
         write(tmp_path / "busy")
     with pytest.raises(WorkdirError, match="cannot be written to"):
         write(tmp_path / "mine.txt" / "x")
+
+
+def test_the_second_of_two_is_told_who_is_first_and_the_name_is_gone_afterwards(tmp_path):
+    with open_folder(str(tmp_path / "a"), settings(), SHAPE):
+        assert ".owner" in contents(tmp_path / "a")
+        for changed in ({}, {"num_images": 3}):
+            with pytest.raises(
+                WorkdirError, match=f"in use by another process: host .*, process {os.getpid()}, started"
+            ) as e:
+                write(tmp_path / "a", **changed)
+            assert e.value.exit_code == 73
+    assert write(tmp_path / "a") == 0  # freed
+    assert ".owner" not in contents(tmp_path / "a")
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / ".owner").write_text("host gone")  # of a start that was killed before it wrote anything else
+    write(tmp_path / "killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["sampling.json", ".samples.part", "samples.npz", "grid.png", "images"])
+def test_a_pipe_in_the_place_of_a_file_is_an_error_before_work(tmp_path, name):
+    write(tmp_path, until=4)
+    if (tmp_path / name).is_dir():
+        shutil.rmtree(tmp_path / name)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match=f"{name} is a named pipe"):
+        write(tmp_path)
+
+
+def test_after_a_full_disk_the_same_settings_go_on(tmp_path, monkeypatch):
+    write(tmp_path / "whole")
+    real = os.replace
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(StorageError, match="No space left.*start again with the same command"):
+        write(tmp_path / "a")
+    monkeypatch.setattr(os, "replace", real)
+    write(tmp_path / "a", until=4)
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path / "a")
+    monkeypatch.setattr(os, "replace", real)
+    assert write(tmp_path / "a") == 4
+    assert contents(tmp_path / "a") == contents(tmp_path / "whole")
 
 
 def test_small_images_are_enlarged_for_people_to_64_pixels_at_least():

@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.diffusion.schedules import Schedule, make_betas
+from ddpm_tf.errors import InputError
 from ddpm_tf.networks import UNet
 from ddpm_tf.storage import checkpoints
 from ddpm_tf.storage.bundles import assign
@@ -112,3 +113,23 @@ def test_rmsprops_slots_start_at_one_and_zero_on_every_replica():
         if key.startswith("optimizer/"):
             for copy in v.value.values:
                 np.testing.assert_array_equal(copy.numpy(), np.full(v.shape, float("velocity" in key)), err_msg=key)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"name": ["adam"]}, "Unknown optimizer"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number"),
+        ({"learning_rate": "2e-4"}, "learning_rate must be a number"),
+        ({"learning_rate": 1e38}, "learning_rate must be"),
+        ({"warmup_steps": -1}, "warmup_steps must be within"),
+        ({"warmup_steps": 1.5}, "warmup_steps must be an integer"),
+        ({"beta_1": None}, "beta_1 must be a number"),
+        ({"beta_2": 1.0}, "beta_1 and beta_2 must be within"),
+        ({"epsilon": [1e-8]}, "epsilon must be a number"),
+    ],
+)
+def test_settings_of_another_type_or_range_are_refused(kwargs, message):
+    with pytest.raises(InputError, match=message):
+        make_optimizer(**kwargs)
