@@ -81,7 +81,8 @@ def define_sampling_flags(*, without: Sequence[str] = ()) -> Callable[[], dict[s
     def given() -> dict[str, Any]:
         return {name: flags.FLAGS[name].value for name in names if flags.FLAGS[name].value is not None}
 
-    _EARLY_CHECKS.append(lambda: config_lib.check_section("sample", given()))
+    # A field that is not given is the workdir's, whose num_images may be 1.
+    _EARLY_CHECKS.append(lambda: config_lib.check_section("sample", {"num_images": 1} | given()))
     return given
 
 

@@ -51,10 +51,19 @@ def test_ctrl_c_during_the_imports_is_one_line(program):
     ],
 )
 def test_bad_values_are_told_before_tensorflow_is_loaded(arguments, message):
+    result = without_tensorflow(*arguments)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+def test_the_last_seed_is_not_refused_before_the_workdir_says_how_many_images_there_are():
+    assert "import of tensorflow halted" in without_tensorflow("--seed=9223372036854775807").stderr
+
+
+def without_tensorflow(*arguments):
+    """run_sample.py where the import of TensorFlow fails."""
     script = "import sys, runpy; sys.modules['tensorflow'] = None; runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", f"import sys; sys.argv = sys.argv[1:]; {script}", "run_sample.py", "--workdir=w"]
-    result = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
+    return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_help_that_nobody_reads_to_its_end_is_no_fault():

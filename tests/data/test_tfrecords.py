@@ -94,6 +94,7 @@ def test_truncated_foreign_and_damaged_files_are_named(shards, tmp_path):
 
 
 def test_an_index_that_does_not_fit_is_made_again(shards, caplog):
+    caplog.set_level("INFO", logger="absl")
     path = shards / "a-r02.tfrecords"
     index = shards / "a-r02.tfrecords.offsets.npz"
     right = load_offsets(str(path))
