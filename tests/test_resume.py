@@ -363,6 +363,7 @@ def test_a_damaged_row_of_the_metrics_is_dropped_with_a_warning(copy, caplog):
     assert [row["step"] for row in rows(copy)] == [1, 3, 4] and "line 2 is damaged" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_same_images_at_another_path_are_the_same_data_set(tmp_path, caplog):
     """Also when they are not held in memory: then names and sizes decide."""
     caplog.set_level("INFO", logger="absl")
@@ -391,6 +392,7 @@ def test_the_same_images_at_another_path_are_the_same_data_set(tmp_path, caplog)
         experiment.train(config, str(tmp_path / "w"))
 
 
+@pytest.mark.slow
 def test_the_command_of_an_older_version_resumes_its_run(tmp_path, caplog):
     """A field whose default is not what its absence meant keeps the older meaning, at every later start."""
     caplog.set_level("INFO", logger="absl")
