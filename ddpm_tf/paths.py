@@ -75,8 +75,13 @@ def check_kind(path: str, name: str, *, is_folder: bool) -> None:
     else:
         if stat.S_ISDIR(mode) if is_folder else stat.S_ISREG(mode):
             return
-        found = _KINDS.get(stat.S_IFMT(mode), "a device")
+        found = kind_of(mode)
     raise InputError(f"{name} is {found}; expected a {wanted}. Move it away, or choose another path.")
+
+
+def kind_of(mode: int) -> str:
+    """What lies at a path, by its `st_mode`."""
+    return _KINDS.get(stat.S_IFMT(mode), "a device")
 
 
 def check_entries(folder: str, entries: Mapping[str, bool]) -> None:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from ddpm_tf import text
 from ddpm_tf.data.picture import SUFFIXES
 from ddpm_tf.data.problems import Problem
-from ddpm_tf.data.reading import kind_of
 from ddpm_tf.errors import DataNotFoundError, InputError
+from ddpm_tf.paths import kind_of
 
 LABELS_FILE = "labels.csv"
 # What systems leave in folders, beside names that begin with a dot; in lower case.

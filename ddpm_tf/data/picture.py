@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from ddpm_tf.data.problems import Problem
-from ddpm_tf.data.reading import kind_of
 from ddpm_tf.errors import InputError
+from ddpm_tf.paths import kind_of
 
 SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".avif",

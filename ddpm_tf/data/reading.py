@@ -6,12 +6,7 @@ from typing import IO
 
 from ddpm_tf import text
 from ddpm_tf.errors import DataNotFoundError, InputError
-
-
-def kind_of(mode: int) -> str:
-    """What a thing that is no regular file is, by `st_mode`."""
-    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
-    return kinds.get(stat.S_IFMT(mode), "a device")
+from ddpm_tf.paths import kind_of
 
 
 def open_regular(path: str, expected: str) -> IO[bytes]:
