@@ -42,7 +42,7 @@ def bits_per_dim(
         diffusion: GaussianDiffusion, over the whole chain.
         denoise_fn: (x_t [B, H, W, C], t int32 [B]) -> network output.
         x_0: float32 [B, H, W, C], the 256 grey levels in [-1, 1].
-        seeds: integers of 64 bits, [B], one per image.
+        seeds: integers of 64 bits, [B], one per image; None if `noise_fn` needs none.
         noise_fn: (seeds, t, image_shape) -> N(0, I), [B, H, W, C].
 
     Returns:
@@ -52,7 +52,7 @@ def bits_per_dim(
         InputError: images of another type or range, or seeds that are not one integer per image.
         tf.errors.InvalidArgumentError: a term that is not finite, with its timestep and the terms of the batch's images.
     """
-    x_0, seeds = _checked(x_0, seeds)
+    x_0, seeds = _checked(x_0, seeds, needs_seeds=noise_fn is bound_noise)
     T, batch, image_shape = diffusion.num_timesteps, tf.shape(x_0)[0], tuple(x_0.shape[1:])
 
     def body(t: tf.Tensor, terms: tf.TensorArray, mse: tf.TensorArray) -> tuple:
@@ -76,7 +76,7 @@ def bits_per_dim(
     return BitsPerDim(tf.reduce_sum(terms, axis=1) + prior, terms, prior, mse)
 
 
-def _checked(x_0: Any, seeds: Any) -> tuple[tf.Tensor, tf.Tensor]:
+def _checked(x_0: Any, seeds: Any, *, needs_seeds: bool) -> tuple[tf.Tensor, tf.Tensor | None]:
     """Images and seeds as tensors. Inside a graph only types and known shapes are looked at: no values exist yet."""
     is_graph = tf.is_tensor(x_0) and not tf.executing_eagerly()
     if not is_graph:
@@ -84,7 +84,11 @@ def _checked(x_0: Any, seeds: Any) -> tuple[tf.Tensor, tf.Tensor]:
         if x_0.dtype != np.float32 or x_0.ndim != 4:
             raise InputError(f"x_0 must be float32 [B, H, W, C] in [-1, 1], found {x_0.dtype} {list(x_0.shape)}.")
         checks.reals("The values of x_0", x_0, low=-1, high=1, shape=x_0.shape)
-        return tf.constant(x_0), tf.constant(checks.integers("seeds", seeds, **checks.INT64, shape=x_0.shape[:1]))
+        x_0 = tf.constant(x_0)
+    if seeds is None and not needs_seeds:
+        return x_0, None
+    if not is_graph:
+        return x_0, tf.constant(checks.integers("seeds", seeds, **checks.INT64, shape=x_0.shape[:1]))
     if not tf.is_tensor(seeds):
         seeds = tf.constant(checks.integers("seeds", seeds, **checks.INT64))
     if not seeds.dtype.is_integer or not seeds.shape.is_compatible_with(x_0.shape[:1]):

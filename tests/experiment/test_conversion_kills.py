@@ -69,14 +69,16 @@ def test_a_stopped_conversion_leaves_nothing_half_written(sources, tmp_path, dir
     r = np.random.Generator(np.random.PCG64([int(number), len(direction)]))
     source = sources / ("hf" if direction == "from" else "w")
     stopped = 0
-    for k in range(KILLS):
+    for k in range(KILLS + 20):
+        if k >= KILLS and stopped:
+            break
         folder = tmp_path / str(k)
         folder.mkdir()
         arguments = command(direction, source, folder / "model.ckpt-0")
         process = start(arguments)
         while process.poll() is None and not any(folder.iterdir()):
             time.sleep(0.01)
-        time.sleep(r.uniform(0, 0.5))
+        time.sleep(r.uniform(0, 0.5 / (1 + max(0, k - KILLS + 1))))  # earlier where all signals came too late
         process.send_signal(number)
         _, errors = process.communicate()
         left = sorted(p.name for p in folder.iterdir())

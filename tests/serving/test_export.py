@@ -132,4 +132,4 @@ def test_an_op_that_is_not_on_the_list_leaves_no_version(workdir, tmp_path, monk
     monkeypatch.setattr("ddpm_tf.serving.export.OPS", OPS - {"Conv2D"})
     with pytest.raises(RunError, match="Conv2D .in "):
         experiment.export(str(workdir), str(tmp_path / "models" / "digits"))
-    assert not list((tmp_path / "models" / "digits").iterdir())
+    assert not (tmp_path / "models").exists()
