@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from absl import logging
 from ml_collections import ConfigDict
@@ -12,7 +13,8 @@ from ddpm_tf import config as config_lib
 from ddpm_tf import text
 from ddpm_tf.choices import Table
 from ddpm_tf.data import load_source, make_dataset
-from ddpm_tf.data.arrays import LAYOUTS, RANGES
+from ddpm_tf.data.arrays import LAYOUTS, RANGES, ArraySource
+from ddpm_tf.data.contract import Source
 from ddpm_tf.data.folder import BAD
 from ddpm_tf.data.labels import LABELS
 from ddpm_tf.data.picture import ANIMATED, BACKGROUND, CONVERT, SMALL
@@ -123,7 +125,7 @@ def image_shape(config: ConfigDict) -> tuple[int, int, int]:
 
 def build_source(config: ConfigDict, *, download: bool = False, read_only: bool = False) -> Any:
     data = config.data
-    return load_source(
+    source = load_source(
         data.source,
         image_shape=image_shape(config),
         split=data.split,
@@ -133,6 +135,33 @@ def build_source(config: ConfigDict, *, download: bool = False, read_only: bool 
         read_only=read_only,
         **settings_of(config, "data.source"),
     )
+    if config.network.num_classes:
+        _check_labels(config.network.num_classes, source)
+    return source
+
+
+def _check_labels(num_classes: int, source: Source) -> None:
+    """Refuse data that a network of so many classes cannot be trained on."""
+    if "label" not in source.read(np.zeros([1], np.int64)):
+        raise InputError(
+            f"network.num_classes={num_classes} needs labels, and the data have none. docs/data.md says where labels can "
+            "stand; network.num_classes=0 trains without them."
+        )
+    names = list(source.details.class_names)
+    found = len(names)
+    if isinstance(source, ArraySource):
+        found = max(found, int(source.tensors["label"].numpy().max()) + 1)
+    if found > num_classes:
+        listed = f" ({', '.join(map(text.printable, names[:12]))}{', ...' if found > 12 else ''})" if names else ""
+        raise InputError(
+            f"The data have {found} classes{listed}, and network.num_classes is {num_classes}: set it to {found}."
+        )
+    if names and found < num_classes:
+        logging.warning(
+            "The data have %d classes, and network.num_classes is %d: the last ones are never trained.",
+            found,
+            num_classes,
+        )
 
 
 def build_dataset(
@@ -162,6 +191,7 @@ def build_network(config: ConfigDict, diffusion: GaussianDiffusion, *, precision
     return NETWORKS[config.network.name].build(
         shape,
         out_channels=shape[-1] * (2 if diffusion.has_learned_variance else 1),
+        num_classes=config.network.num_classes or None,
         **settings,
         seed=config.seed,
         dtype="float32" if precision == "float32" else f"mixed_{precision}",
@@ -211,6 +241,7 @@ def build_model(
             loss=t.loss,
             loss_weight=t.loss_weight,
             loss_settings=settings_of(config, "train.loss_weight"),
+            label_dropout=t.label_dropout,
             ema_decay=t.ema_decay,
             grad_clip=t.grad_clip,
             grad_clip_mode=t.grad_clip_mode,
@@ -274,7 +305,9 @@ def _build_loss(config: ConfigDict, diffusion: GaussianDiffusion) -> LossFunctio
 
 def _check_network(config: ConfigDict) -> None:
     network_class: Any = NETWORKS[config.network.name].build
-    network_class.check(image_shape(config), **settings_of(config, "network.name"))
+    network_class.check(
+        image_shape(config), num_classes=config.network.num_classes or None, **settings_of(config, "network.name")
+    )
 
 
 def check_batch_size(config: ConfigDict, replicas: int) -> None:

@@ -72,6 +72,7 @@ FIELDS = (
     Field("network.block_size", 1, _FIXED, "Side of the pixel blocks that become channels, pixels; above 1 saves memory."),
     Field("network.remat", False, _FREE, "Compute activations again for the gradient: less memory, more time.", False),
     Field("network.theta", 10000.0, _FIXED, "Base of the time embedding's frequencies theta^(-k/(K-1)).", 10000.0),
+    Field("network.num_classes", 0, _FIXED, "Classes of a class-conditional network, labels 0, 1, ...; 0: unconditional.", 0),
     Field("network.num_groups", 32, _FIXED, "Groups of the group normalisations; at least 2 channels in each.", 32),
     Field("train.num_steps", 800_000, _FREE, "Training ends after this many steps."),
     Field("train.log_every", 100, _FREE, "Interval of metrics.jsonl rows, steps; 0: never."),
@@ -85,6 +86,7 @@ FIELDS = (
     Field("train.min_snr_gamma", 5.0, _FIXED, "Limit gamma of loss weight min_snr.", 5.0),
     Field("train.p2_k", 1.0, _FIXED, "Constant k of loss weight p2, 1 / (k + SNR)^gamma.", 1.0),
     Field("train.p2_gamma", 1.0, _FIXED, "Exponent gamma of loss weight p2.", 1.0),
+    Field("train.label_dropout", 0.1, _FIXED, "With classes: how often a label is replaced by the null class.", 0.1),
     Field("train.ema_decay", 0.9999, _FIXED, "Decay of the moving average of the weights, per step."),
     Field("train.grad_clip", 1.0, _FIXED, "Largest global norm of the gradient; 0: no clipping."),
     Field("train.grad_clip_mode", "global", _FIXED, "global, or per_replica (the original's rule)."),
@@ -113,34 +115,36 @@ FIELDS = (
 
 _VERSION = "ddpm_tf"  # the key of the program's version in config.json
 PRECISIONS = ("float32", "bfloat16", "float16")
-# {what a value must be: (a test of it, the fields)}. The tables check their names.
-_RANGES = {
-    "at least 1": (lambda v: v >= 1, (
+# (what a value must be, a test of it, the fields). The tables check their names.
+_RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+    ("at least 1", lambda v: v >= 1, (
         "data.image_size", "data.batch_size", "diffusion.num_timesteps", "network.ch", "network.num_res_blocks",
         "network.block_size", "network.num_groups", "train.num_steps", "train.keep_checkpoints", "train.max_skipped_steps",
         "train.micro_batches", "train.steps_per_execution", "sample.num_images", "sample.batch_size",
     )),
-    f"at most {checks.MAX_TIMESTEPS:,}": (lambda v: v <= checks.MAX_TIMESTEPS, ("diffusion.num_timesteps",)),
-    f"at most {checks.MAX_IMAGES:,}": (lambda v: v <= checks.MAX_IMAGES, ("sample.num_images",)),
-    f"at most {checks.MAX_BATCH:,}": (lambda v: v <= checks.MAX_BATCH, ("sample.batch_size",)),
-    "at least 0": (lambda v: v >= 0, (
+    (f"at most {checks.MAX_TIMESTEPS:,}", lambda v: v <= checks.MAX_TIMESTEPS, (
+        "diffusion.num_timesteps", "network.num_classes",
+    )),
+    (f"at most {checks.MAX_IMAGES:,}", lambda v: v <= checks.MAX_IMAGES, ("sample.num_images",)),
+    (f"at most {checks.MAX_BATCH:,}", lambda v: v <= checks.MAX_BATCH, ("sample.batch_size",)),
+    ("at least 0", lambda v: v >= 0, (
         "data.image_width", "train.log_every", "train.checkpoint_every", "train.sample_every", "sample.num_steps",
         "data.in_memory_mb", "train.checkpoint_minutes", "train.keep_every", "train.grad_clip", "optimizer.warmup_steps",
-        "diffusion.cosine_s", "train.p2_gamma",
+        "diffusion.cosine_s", "train.p2_gamma", "network.num_classes",
     )),
-    "above 0": (lambda v: v > 0, (
+    ("above 0", lambda v: v > 0, (
         "optimizer.learning_rate", "diffusion.sigmoid_tau", "train.min_snr_gamma", "train.p2_k",
     )),
-    "above 1": (lambda v: v > 1, ("network.theta",)),
-    "at least 0 and below 1": (lambda v: 0 <= v < 1, (
-        "network.dropout", "train.ema_decay", "optimizer.beta_1", "optimizer.beta_2",
+    ("above 1", lambda v: v > 1, ("network.theta",)),
+    ("at least 0 and below 1", lambda v: 0 <= v < 1, (
+        "network.dropout", "train.ema_decay", "train.label_dropout", "optimizer.beta_1", "optimizer.beta_2",
     )),
-    "above 0 and below 1": (lambda v: 0 < v < 1, ("optimizer.epsilon",)),
-    "within 0..1": (lambda v: 0 <= v <= 1, ("data.bad_limit", "sample.eta")),
-    "1 or 3": (lambda v: v in (1, 3), ("data.channels",)),
-    "auto, on or off": (lambda v: v in ("auto", "on", "off"), ("train.jit_compile",)),
-    f"one of {PRECISIONS}": (lambda v: v in PRECISIONS, ("train.precision",)),
-}  # fmt: skip
+    ("above 0 and below 1", lambda v: 0 < v < 1, ("optimizer.epsilon",)),
+    ("within 0..1", lambda v: 0 <= v <= 1, ("data.bad_limit", "sample.eta")),
+    ("1 or 3", lambda v: v in (1, 3), ("data.channels",)),
+    ("auto, on or off", lambda v: v in ("auto", "on", "off"), ("train.jit_compile",)),
+    (f"one of {PRECISIONS}", lambda v: v in PRECISIONS, ("train.precision",)),
+)  # fmt: skip
 _INTERVALS = ("train.log_every", "train.checkpoint_every", "train.sample_every")
 
 
@@ -237,7 +241,7 @@ def range_problems(config: ml_collections.ConfigDict) -> list[str]:
     `builders.check` checks the names, and what depends on several fields.
     """
     problems = []
-    for what, (is_right, paths) in _RANGES.items():
+    for what, is_right, paths in _RANGES:
         problems += [f"{p} must be {what}, found {get(config, p)!r}" for p in paths if not is_right(get(config, p))]
     steps = config.train.steps_per_execution
     problems += [

@@ -34,6 +34,7 @@ class Purpose(enum.IntEnum):
     STEP = 5
     HELD_OUT_TIMESTEP = 6
     HELD_OUT_NOISE = 7
+    LABEL_DROPOUT = 8
     DROPOUT = 1 << 16
 
 

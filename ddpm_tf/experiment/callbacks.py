@@ -85,6 +85,6 @@ def make_replay(run: Run, model: DiffusionModel) -> Callable[[int], dict[str, np
         batch = next(iter(builders.build_dataset(config, run.source, start_step=step)))
         draws = model.objective.draws(tf.range(batch_size), at)
         arrays = {**batch, "indices": indices, **draws._asdict()}
-        return {name: array.numpy() for name, array in arrays.items()}
+        return {name: array.numpy() for name, array in arrays.items() if array is not None}
 
     return replay

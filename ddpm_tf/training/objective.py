@@ -14,11 +14,15 @@ from ddpm_tf.training import diagnostics
 
 
 class Draws(NamedTuple):
-    """The random numbers of a step: t int32 [B], eps float32 [B, H, W, C], dropout_seed int32 [B, 2]."""
+    """The random numbers of a step: t int32 [B], eps float32 [B, H, W, C], dropout_seed int32 [B, 2].
+
+    drops_label: bool [B], whose label becomes the null class; None without label dropout.
+    """
 
     t: tf.Tensor
     eps: tf.Tensor
     dropout_seed: tf.Tensor
+    drops_label: tf.Tensor | None = None
 
 
 class Computed(NamedTuple):
@@ -39,9 +43,11 @@ class Objective:
     Args:
         seed: int64.
         loss, loss_weight: see `make_loss`; loss_settings: {setting: value} of the loss weight.
+        label_dropout: the probability that an example of a class-conditional network is given the null class instead of its
+            label, so that the network also learns the images without condition (Ho & Salimans 2022, Algorithm 1).
 
     Raises:
-        InputError: as `make_loss`.
+        InputError: as `make_loss`; a probability outside [0, 1).
     """
 
     LOGS = diagnostics.QUARTER_LOGS
@@ -56,8 +62,12 @@ class Objective:
         loss: str = "simple",
         loss_weight: str = "none",
         loss_settings: Mapping[str, Any] | None = None,
+        label_dropout: float = 0.0,
     ) -> None:
+        if not 0 <= checks.real("label_dropout", label_dropout) < 1:
+            raise InputError(f"label_dropout must be within [0, 1), found {label_dropout}.")
         self.network, self.diffusion = network, diffusion
+        self.label_dropout = label_dropout if network.num_classes is not None else 0.0
         self.seed = checks.integer("seed", seed, **checks.INT64)
         self.loss = make_loss(loss, diffusion, weight=loss_weight, **(loss_settings or {}))
 
@@ -66,7 +76,10 @@ class Objective:
         key = {"index": index, "step": step}
         t, eps = self._t_and_eps(rng.Purpose.TIMESTEP, rng.Purpose.NOISE, **key)
         words = rng.bits(self.seed, 2, purpose=rng.Purpose.DROPOUT_SEED, **key)
-        return Draws(t, eps, tf.bitcast(words, tf.int32))
+        if not self.label_dropout:
+            return Draws(t, eps, tf.bitcast(words, tf.int32))
+        drops = rng.bernoulli(self.seed, self.label_dropout, (), purpose=rng.Purpose.LABEL_DROPOUT, **key)
+        return Draws(t, eps, tf.bitcast(words, tf.int32), drops)
 
     def _t_and_eps(self, timestep: int, noise: int, **key: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         t = rng.integers(self.seed, self.diffusion.num_timesteps, purpose=timestep, **key)
@@ -89,6 +102,8 @@ class Objective:
 
     def __call__(self, x_0: tf.Tensor, labels: tf.Tensor | None, draws: Draws) -> Computed:
         """Lines 2 to 5 of Algorithm 1, up to the gradient, for x_0 float32 [B, H, W, C] and labels int32 [B] or None."""
+        if labels is not None and draws.drops_label is not None:
+            labels = tf.where(draws.drops_label, tf.constant(self.network.num_classes, labels.dtype), labels)
         return self._computed(x_0, labels, draws.t, draws.eps, training=True, dropout_seed=draws.dropout_seed)
 
     def _computed(

@@ -39,6 +39,8 @@ class DiffusionModel(keras.Model):
         loss: simple, vlb or hybrid, see `losses`.
         loss_weight: weight of the timesteps in the simple loss: none, snr, min_snr or p2.
         loss_settings: {setting: value} of the loss weight, for example {"gamma": 5.0} of min_snr.
+        label_dropout: the probability, in [0, 1), that a class-conditional network is given the null class instead of an
+            image's label. Without it, the null class is never trained, and guidance makes no sense.
         ema_decay: decay of the moving average, per step, in [0, 1).
         grad_clip: largest global norm of the gradient; 0: no clipping.
         grad_clip_mode: global (the norm of the whole batch's gradient; the result does not depend on the number of
@@ -76,6 +78,7 @@ class DiffusionModel(keras.Model):
         loss: str = "simple",
         loss_weight: str = "none",
         loss_settings: Mapping[str, Any] | None = None,
+        label_dropout: float = 0.0,
         ema_decay: float = 0.9999,
         grad_clip: float = 1.0,
         grad_clip_mode: str = "global",
@@ -84,7 +87,13 @@ class DiffusionModel(keras.Model):
     ) -> None:
         super().__init__(name="diffusion_model")
         self.objective = Objective(
-            network, diffusion, seed=seed, loss=loss, loss_weight=loss_weight, loss_settings=loss_settings
+            network,
+            diffusion,
+            seed=seed,
+            loss=loss,
+            loss_weight=loss_weight,
+            loss_settings=loss_settings,
+            label_dropout=label_dropout,
         )
         checks.known("grad_clip_mode", grad_clip_mode, GRAD_CLIP_MODES)
         if not 0 <= checks.real("ema_decay", ema_decay) < 1:
