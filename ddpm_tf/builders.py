@@ -256,7 +256,18 @@ def build_model(
 
 def build_sampler(config: ConfigDict, diffusion: GaussianDiffusion) -> Sampler:
     s, settings = config.sample, settings_of(config, "sample.sampler")
-    return make_sampler(s.sampler, diffusion, num_steps=s.num_steps or None, spacing=s.spacing, clip=s.clip, **settings)
+    return make_sampler(
+        s.sampler,
+        diffusion,
+        num_steps=s.num_steps or None,
+        spacing=s.spacing,
+        clip=s.clip,
+        dynamic_threshold=s.dynamic_threshold,
+        guidance_first=s.guidance_first,
+        guidance_last=s.guidance_last,
+        guidance_rescale=s.guidance_rescale,
+        **settings,
+    )
 
 
 def check(config: ConfigDict) -> None:

@@ -131,7 +131,7 @@ def run_chain(sampler, output_fn, x, seeds, **kwargs):
     """The Carry after running a sampler on a function (x_t, i) -> network output, from the state x; see `run_loop`."""
 
     def denoise(x, i, x_0=None):
-        return sampler.diffusion.p_mean_variance(output_fn(x, i), x, i, clip=sampler.clip)
+        return sampler.diffusion.p_mean_variance(output_fn(x, i), x, i, clip=sampler.denoising.clip)
 
     return run_loop(sampler, denoise, begin(sampler, x), seeds, **kwargs)
 

@@ -1,6 +1,7 @@
 """The forward process q and the reverse process p of a Gaussian diffusion (sections 2 and 3)."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -122,7 +123,16 @@ class GaussianDiffusion:
             return output, None
         return output[..., :channels], output[..., channels:]
 
-    def p_mean_variance(self, output: tf.Tensor, x_t: tf.Tensor, t: tf.Tensor, clip: bool = True) -> PMeanVariance:
+    def p_mean_variance(
+        self,
+        output: tf.Tensor,
+        x_t: tf.Tensor,
+        t: tf.Tensor,
+        clip: bool = True,
+        *,
+        dynamic_threshold: float = 0.0,
+        eps_shift: tf.Tensor | None = None,
+    ) -> PMeanVariance:
         """p(x_{t-1} | x_t) from the network's output (Eq. 1; for eps the mean is Eq. 11 when nothing is clipped).
 
         Args:
@@ -131,17 +141,41 @@ class GaussianDiffusion:
             x_t: float32 [B, H, W, C].
             t: int32 [B], index in this chain, 0-based.
             clip: clip x_0 to [-1, 1].
+            dynamic_threshold: with clip, not to [-1, 1] but by `dynamically_thresholded` at this quantile; 0: to [-1, 1].
+            eps_shift: [B, H, W, C], is added to eps before x_0 is clipped: the gradient of a classifier.
 
         Returns:
             PMeanVariance; its eps is derived from the (clipped) x_0.
         """
         predicted, raw = self.split_output(output, x_t.shape[-1])
         x_0 = PREDICTIONS[self.prediction].to_x_0(self.schedule, x_t, t, predicted)
+        if eps_shift is not None:
+            x_0 = x_0 - extract(self.schedule.sqrt_recipm1_alphas_cumprod, t, len(x_t.shape)) * eps_shift
         if clip:
-            x_0 = tf.clip_by_value(x_0, -1.0, 1.0)
-        if self.prediction == "x_prev" and self.schedule.trained is self.schedule:
+            x_0 = (
+                dynamically_thresholded(x_0, dynamic_threshold)
+                if dynamic_threshold
+                else tf.clip_by_value(x_0, -1.0, 1.0)
+            )
+        if self.prediction == "x_prev" and self.schedule.trained is self.schedule and eps_shift is None:
             mean = predicted  # as in the original: clipping x_0 does not change a mean that is predicted directly
         else:
             mean = self.q_posterior(x_0, x_t, t)[0]
         log_variance = VARIANCES[self.variance].log_variance(self.schedule, raw, t, len(x_t.shape))
         return PMeanVariance(mean, log_variance, x_0, eps_from_x_0(self.schedule, x_t, t, x_0))
+
+
+def dynamically_thresholded(x_0: tf.Tensor, quantile: float) -> tf.Tensor:
+    """x_0 clipped to [-s, s] and divided by s, where s >= 1 is the quantile of an image's |x_0| (Imagen, section 2.3).
+
+    Args:
+        x_0: float32 [B, H, W, C].
+        quantile: 0 < quantile <= 1; Imagen's is 0.995. Between two values it is interpolated.
+    """
+    size = math.prod(x_0.shape[1:])
+    place = quantile * (size - 1)
+    below = min(int(place), size - 2) if size > 1 else 0
+    ordered = tf.sort(tf.reshape(tf.abs(x_0), [-1, size]), axis=1)
+    low, high = ordered[:, below], ordered[:, min(below + 1, size - 1)]
+    limit = tf.maximum(low + (place - below) * (high - low), 1.0)[:, None, None, None]
+    return tf.clip_by_value(x_0, -limit, limit) / limit

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import numpy as np
 from absl import logging
@@ -64,10 +65,20 @@ def _sigmoid(T: int, *, start: float = -3.0, end: float = 3.0, tau: float = 1.0)
     return _from_alphas_cumprod((sigmoid[-1] - sigmoid) / (sigmoid[-1] - sigmoid[0]))
 
 
+def _linear_zero_snr(T: int, *, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
+    # Lin et al. 2024, Algorithm 1: sqrt(abar) is shifted so that it ends at 0, and scaled so that it begins where it did.
+    if T < 2:
+        raise InputError(f"Schedule linear_zero_snr needs num_timesteps of at least 2, found {T}.")
+    root = np.sqrt(np.cumprod(1 - _linear(T, beta_start=beta_start, beta_end=beta_end)))
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    return 1 - np.append(root[0], root[1:] / root[:-1]) ** 2
+
+
 _ENDPOINTS = ("beta_start", "beta_end")
 BETA_SCHEDULES = {
     "linear": Choice(_linear, _ENDPOINTS),
     "linear_scaled": Choice(_linear_scaled, _ENDPOINTS),
+    "linear_zero_snr": Choice(_linear_zero_snr, _ENDPOINTS),
     "quad": Choice(_quad, _ENDPOINTS),
     "warmup10": Choice(functools.partial(_warmup, 0.1), _ENDPOINTS),
     "warmup50": Choice(functools.partial(_warmup, 0.5), _ENDPOINTS),
@@ -83,7 +94,8 @@ def make_betas(name: str, num_timesteps: int, **settings: float) -> np.ndarray:
 
     Args:
         name: linear, quad, warmup10, warmup50, const, jsd (the original's six); linear_scaled (endpoints
-            times 1000/T); cosine (improved DDPM Eq. 17) and sigmoid (Jabri et al. 2022), both capped at 0.999.
+            times 1000/T); linear_zero_snr (Lin et al. 2024: linear, rescaled so that no signal is left at the last timestep;
+            for predictions v and x_0); cosine (improved DDPM Eq. 17) and sigmoid (Jabri et al. 2022), both capped at 0.999.
         num_timesteps: T, 1 to 1,000,000.
         settings: of the schedule that is named. beta_start=1e-4 and beta_end=0.02 are the endpoints (const has beta_end
             alone; jsd, cosine and sigmoid have none); s=0.008 is the offset of cosine, at least 0; start=-3, end=3 and
@@ -234,26 +246,48 @@ def _first_from_second(posterior_variance: np.ndarray, betas: np.ndarray) -> np.
     return np.append(first, posterior_variance[1:])
 
 
-def _uniform(T: int, S: int) -> np.ndarray:
+def _uniform(T: int, S: int, alphas_cumprod: np.ndarray) -> np.ndarray:
     return np.arange(0, T, T // S) if T % S == 0 else np.arange(S) * T // S
 
 
-def _quad_spacing(T: int, S: int) -> np.ndarray:
+def _quad_spacing(T: int, S: int, alphas_cumprod: np.ndarray) -> np.ndarray:
     # DDIM appendix D.2; the published form repeats small timesteps, and a repeated step does nothing.
     return np.unique((np.linspace(0, np.sqrt(T * 0.8), S) ** 2).astype(int))
 
 
-def _linspace(T: int, S: int) -> np.ndarray:
+def _linspace(T: int, S: int, alphas_cumprod: np.ndarray) -> np.ndarray:
     return np.round(np.linspace(0, T - 1, S)).astype(int)
 
 
-def _trailing(T: int, S: int) -> np.ndarray:
+def _trailing(T: int, S: int, alphas_cumprod: np.ndarray) -> np.ndarray:
     return (np.round(T - np.arange(S) * T / S).astype(int) - 1)[::-1]
 
 
-def _guide(T: int, S: int) -> np.ndarray:
+def _guide(T: int, S: int, alphas_cumprod: np.ndarray) -> np.ndarray:
     # int(linspace(-1, T - 1, S + 1)) without the first entry, in exact integers.
     return np.arange(1, S + 1) * T // S - 1
+
+
+def _logsnr(T: int, S: int, alphas_cumprod: np.ndarray) -> np.ndarray:
+    return _even(S, alphas_cumprod, np.log)
+
+
+def _karras(T: int, S: int, alphas_cumprod: np.ndarray) -> np.ndarray:
+    # EDM Eq. 5 with rho = 7, from the largest sigma of the chain to its smallest.
+    return _even(S, alphas_cumprod, lambda sigma: sigma ** (1 / 7))
+
+
+def _even(S: int, alphas_cumprod: np.ndarray, place: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """S timesteps even in place(sigma), sigma = sqrt(1 / abar - 1), each rounded to a trained one; repeats are dropped.
+
+    sigma is infinite where no signal is left, so such a last timestep is visited beside them.
+    """
+    num_finite = np.count_nonzero(alphas_cumprod > 0)
+    num_infinite = len(alphas_cumprod) - num_finite
+    places = place(np.sqrt(1 / alphas_cumprod[:num_finite] - 1))
+    wanted = np.linspace(places[-1], places[0], S - num_infinite)
+    kept = np.round(np.interp(wanted, places, np.arange(num_finite))).astype(int)
+    return np.unique(np.append(kept, np.arange(num_finite, len(alphas_cumprod))))
 
 
 TIMESTEP_SPACINGS = {
@@ -262,10 +296,15 @@ TIMESTEP_SPACINGS = {
     "linspace": _linspace,
     "trailing": _trailing,
     "guide": _guide,
+    "logsnr": _logsnr,
+    "karras": _karras,
 }
+_OF_A_SCHEDULE = ("logsnr", "karras")
 
 
-def space_timesteps(num_timesteps: int, num_steps: int, spacing: str) -> np.ndarray:
+def space_timesteps(
+    num_timesteps: int, num_steps: int, spacing: str, *, alphas_cumprod: np.ndarray | None = None
+) -> np.ndarray:
     """Which timesteps a sampler of `num_steps` steps visits.
 
     Args:
@@ -273,17 +312,23 @@ def space_timesteps(num_timesteps: int, num_steps: int, spacing: str) -> np.ndar
         num_steps: S, 1 <= S <= T. S = 1 keeps T - 1 for every spacing.
         spacing: uniform (DDIM's range(0, T, T // S)), quad (DDIM's choice for CIFAR-10, up to 0.8 T; repeats
             are dropped, so fewer than S may be kept), linspace (both ends), trailing (ends at T - 1), guide (the integer
-            parts of linspace(-1, T - 1, S + 1), as denoising-diffusion-pytorch has it; trailing where S divides T).
+            parts of linspace(-1, T - 1, S + 1), as denoising-diffusion-pytorch has it; trailing where S divides T), logsnr
+            (even in log(abar / (1 - abar)), DPM-Solver's) or karras (even in sigma^(1/7), sigma = sqrt(1/abar - 1); EDM
+            Eq. 5). The last two take the nearest trained timesteps and drop repeats, so fewer than S may be kept.
+        alphas_cumprod: float64 [T], of the trained chain; needed by logsnr and karras.
 
     Returns:
         int [S or fewer], ascending and distinct.
 
     Raises:
-        InputError: unknown spacing, or S outside 1..T.
+        InputError: unknown spacing, S outside 1..T, or alphas_cumprod that are missing.
     """
     checks.known("timestep spacing", spacing, TIMESTEP_SPACINGS)
     num_timesteps = checks.integer("num_timesteps", num_timesteps, low=1, high=checks.MAX_TIMESTEPS)
     num_steps = checks.integer("num_steps", num_steps, low=1, high=num_timesteps)
     if num_steps == 1:
         return np.array([num_timesteps - 1])
-    return TIMESTEP_SPACINGS[spacing](num_timesteps, num_steps)
+    if alphas_cumprod is None and spacing in _OF_A_SCHEDULE:
+        raise InputError(f"Timestep spacing {spacing!r} depends on the schedule: give alphas_cumprod, [T].")
+    given = np.empty(0) if alphas_cumprod is None else alphas_cumprod
+    return TIMESTEP_SPACINGS[spacing](num_timesteps, num_steps, given)

@@ -109,7 +109,7 @@ def _saved_model_fields(
 ) -> dict[str, Any]:
     """Write the warm-up requests; what the card says of a SavedModel."""
     costs = {"initial_noise": 0, "denoise_step": 1, "bits_per_dim": bound_diffusion.num_timesteps}
-    evaluations = {name: costs.get(name, sampler.num_steps) for name in functions}
+    evaluations = {name: costs.get(name, sampler.num_evaluations) for name in functions}
     try:
         warm = warmup.write_warmup(folder, os.path.basename(out), functions, evaluations=evaluations)
     except InputError as e:

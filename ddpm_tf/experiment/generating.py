@@ -38,6 +38,7 @@ def generate(
     seed: int = 0,
     labels: Any = None,
     guidance: Any = None,
+    classifier_scale: Any = None,
     batch_size: int = 64,
     part: slice = slice(None),
     strategy: tf.distribute.Strategy | None = None,
@@ -47,6 +48,7 @@ def generate(
     Args:
         labels: num_images integers, or a plain one for all; None: the classes in turn, if the network has classes.
         guidance: weights of classifier-free guidance, num_images of them, or a plain number for all; None: conditional.
+        classifier_scale: as guidance, of a network `guided_by` a classifier.
         batch_size: images at once, on all replicas together.
         part: which of the images are wanted.
         strategy: the strategy under which the network's variables were made; all its replicas draw. None: one device.
@@ -64,7 +66,7 @@ def generate(
         "Choose a smaller batch_size.",
     )
     labels = labels_in_turn(network, num_images) if labels is None else labels
-    conditions = check_conditions(network, num_images, labels, guidance)
+    conditions = check_conditions(network, num_images, labels, guidance, classifier_scale)
     seeds = seed + np.arange(num_images, dtype=np.int64)[part]
     conditions = {name: tensor.numpy()[part] for name, tensor in conditions.items()}
     return _batches(make_draw(network, sampler, strategy), network, sampler, seeds, conditions, batch_size)
@@ -95,5 +97,5 @@ def _explain_not_finite(network: Network, sampler: Sampler, seed: int, condition
     trace = sample(network, sampler, [seed], trace=1, **conditions).trace  # type: ignore[arg-type]
     assert trace is not None
     is_bad = ~np.isfinite(trace.x_t[:-1]).reshape(len(trace.index), -1).all(axis=1)
-    t = sampler.diffusion.schedule.timesteps[trace.index[is_bad].max()]
+    t = sampler.diffusion.schedule.timesteps[sampler.plan.start[-1 - trace.index[is_bad].max()] - 1]
     return f"The sample of seed {seed} is not finite from timestep t = {t} on: the weights are damaged."

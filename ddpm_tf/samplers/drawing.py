@@ -1,5 +1,6 @@
 """Drawing: network, sampler, labels and guidance joined to images. Everything that samples goes through here."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,22 +12,26 @@ from ddpm_tf.errors import InputError
 from ddpm_tf.networks.contract import Network
 from ddpm_tf.samplers.base import Sampler
 from ddpm_tf.samplers.denoiser import make_denoiser
-from ddpm_tf.samplers.loop import Carry, begin, initial_noise, run_loop
+from ddpm_tf.samplers.guidance import ClassifierGuided, is_conditional
+from ddpm_tf.samplers.loop import Carry, begin, run_loop
 
-# {"labels": int32 [N], "guidance": float32 [N]}; a condition that is not given is not in it
+# {"labels": int32 [N], "guidance": float32 [N], "classifier_scale": float32 [N]}; one that is not given is not in it
 Conditions = dict[str, tf.Tensor]
 
 
 _MAX_GUIDANCE = 1e6  # an output times more than this says nothing, and overflows soon
 
 
-def check_conditions(network: Network, count: int, labels: Any = None, guidance: Any = None) -> Conditions:
+def check_conditions(
+    network: Network, count: int, labels: Any = None, guidance: Any = None, classifier_scale: Any = None
+) -> Conditions:
     """The conditions of `count` images.
 
     Args:
         labels: integers within 0..num_classes (num_classes is the null class), one for each image. A plain integer, not in a
             list, is the label of all of them. None for an unconditional network.
         guidance: weights, one for each image; a plain number is the weight of all. None: no guidance.
+        classifier_scale: as guidance, of a network `guided_by` a classifier; None: 1, if it has one.
 
     Raises:
         InputError: labels or guidance that do not fit the network, or that cannot be used.
@@ -38,15 +43,23 @@ def check_conditions(network: Network, count: int, labels: Any = None, guidance:
             if labels is None
             else "Labels were given, but the network is unconditional (num_classes=None)."
         )
-    if guidance is not None and labels is None:
+    if guidance is not None and not is_conditional(network):
         raise InputError("Guidance needs labels, and a class-conditional network.")
+    has_classifier = isinstance(network, ClassifierGuided)
+    if classifier_scale is not None and not has_classifier:
+        raise InputError("classifier_scale needs a classifier: give the network as guided_by(network, classifier).")
     if labels is None or num_classes is None:
         return {}
     labels = _one_each(checks.integers, "labels", labels, count, low=0, high=num_classes)
     conditions = {"labels": tf.constant(labels, tf.int32)}
-    if guidance is not None:
-        weights = _one_each(checks.reals, "guidance", guidance, count, low=-_MAX_GUIDANCE, high=_MAX_GUIDANCE)
-        conditions["guidance"] = tf.constant(weights, tf.float32)
+    weights = {
+        "guidance": guidance,
+        "classifier_scale": 1.0 if has_classifier and classifier_scale is None else classifier_scale,
+    }
+    for name, value in weights.items():
+        if value is not None:
+            value = _one_each(checks.reals, name, value, count, low=-_MAX_GUIDANCE, high=_MAX_GUIDANCE)
+            conditions[name] = tf.constant(value, tf.float32)
     return conditions
 
 
@@ -70,9 +83,9 @@ def _one_each(check: Callable[..., np.ndarray], name: str, values: Any, count: i
 
 
 def first_carry(network: Network, sampler: Sampler, seeds: tf.Tensor) -> Carry:
-    """The carry at x_T, drawn from int64 seeds [N]. For use inside a graph."""
+    """The carry before the first move, at x_T as a rule, drawn from int64 seeds [N]. For use inside a graph."""
     image_shape = tuple(network.image_shape)
-    return begin(sampler, tf.ensure_shape(initial_noise(seeds, image_shape), [None, *image_shape]))
+    return begin(sampler, tf.ensure_shape(sampler.initial_state(seeds, image_shape), [None, *image_shape]))
 
 
 def advance(
@@ -86,7 +99,7 @@ def advance(
     stop: tf.Tensor | int = 0,
 ) -> Carry:
     """The moves start - 1, ..., stop of the sampler's plan, see `run_loop`. For use inside a graph."""
-    denoise = make_denoiser(network, sampler.diffusion, clip=sampler.clip, **conditions)
+    denoise = make_denoiser(network, sampler.diffusion, sampler.denoising, **conditions)
     return run_loop(sampler, denoise, carry, seeds, start=start, stop=stop)
 
 
@@ -101,7 +114,11 @@ class Drawing(NamedTuple):
     advance: Callable[..., Carry]
 
 
-_CONDITIONS = {"labels": tf.TensorSpec([None], tf.int32), "guidance": tf.TensorSpec([None], tf.float32)}
+_CONDITIONS = {
+    "labels": tf.TensorSpec([None], tf.int32),
+    "guidance": tf.TensorSpec([None], tf.float32),
+    "classifier_scale": tf.TensorSpec([None], tf.float32),
+}
 
 
 def compiled(network: Network, sampler: Sampler, conditions: Conditions) -> Drawing:
@@ -131,7 +148,7 @@ def compiled(network: Network, sampler: Sampler, conditions: Conditions) -> Draw
 def make_draw(
     network: Network, sampler: Sampler, strategy: tf.distribute.Strategy | None = None
 ) -> Callable[..., np.ndarray]:
-    """draw(seeds, labels=None, guidance=None) -> float32 [N, H, W, C]: the images of `sample`.
+    """draw(seeds, labels=None, guidance=None, classifier_scale=None) -> float32 [N, H, W, C]: the images of `sample`.
 
     Args:
         strategy: the strategy under which the network's variables were made. Its replicas in this process share the seeds.
@@ -139,12 +156,12 @@ def make_draw(
     """
     local = _local_replicas(strategy)
     if strategy is None or local == 1:
-        return lambda seeds, labels=None, guidance=None: _draw_here(network, sampler, seeds, labels, guidance)
+        return functools.partial(_draw_here, network, sampler)
     on_all = _on_all_replicas(network, sampler, strategy)
 
-    def draw(seeds: Any, labels: Any = None, guidance: Any = None) -> np.ndarray:
+    def draw(seeds: Any, **given: Any) -> np.ndarray:
         seeds = check_seeds(seeds)
-        conditions = check_conditions(network, len(seeds), labels, guidance)
+        conditions = check_conditions(network, len(seeds), **given)
         size = -(-len(seeds) // local)  # every replica gets as many
         arrays = {"seeds": seeds, **{name: tensor.numpy() for name, tensor in conditions.items()}}
         shared = {name: _share(strategy, np.resize(array, size * local)) for name, array in arrays.items()}
@@ -183,8 +200,8 @@ def _share(strategy: tf.distribute.Strategy, array: np.ndarray) -> Any:
     return strategy.experimental_distribute_values_from_function(lambda _: tf.constant(next(parts)))
 
 
-def _draw_here(network: Network, sampler: Sampler, seeds: Any, labels: Any, guidance: Any) -> np.ndarray:
+def _draw_here(network: Network, sampler: Sampler, seeds: Any, **given: Any) -> np.ndarray:
     seeds = tf.constant(check_seeds(seeds))
-    conditions = check_conditions(network, len(seeds), labels, guidance)
+    conditions = check_conditions(network, len(seeds), **given)
     drawing, moves = compiled(network, sampler, conditions), tf.constant(sampler.plan.num_moves)
     return drawing.advance(drawing.begin(seeds), seeds, conditions, moves, tf.constant(0)).x.numpy()

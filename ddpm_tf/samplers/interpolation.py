@@ -64,8 +64,8 @@ def interpolate(
 
     weight = weights[:, None, None, None]
     x_t = (1 - weight) * diffused(x_a, 0) + weight * diffused(x_b, 1)
-    drawing = compiled(network, sampler, conditions)
-    return drawing.advance(begin(sampler, x_t), seeds, conditions, tf.constant(t + 1), tf.constant(0)).x.numpy()
+    drawing, moves = compiled(network, sampler, conditions), sampler.plan.last_steps(t + 1).num_moves
+    return drawing.advance(begin(sampler, x_t), seeds, conditions, tf.constant(moves), tf.constant(0)).x.numpy()
 
 
 def _checked_image(name: str, x: Any, network: Network) -> np.ndarray:

@@ -27,11 +27,6 @@ def begin(sampler: Sampler, x_T: tf.Tensor) -> Carry:
     return Carry(x_T, tf.zeros_like(x_T), sampler.init_memory(x_T))
 
 
-def initial_noise(seeds: tf.Tensor, image_shape: tuple[int, ...]) -> tf.Tensor:
-    """x_T ~ N(0, I), float32 [N, H, W, C], a function of each image's int64 seed."""
-    return rng.normal(seeds, image_shape, purpose=rng.Purpose.PRIOR)
-
-
 def step_noise(seeds: tf.Tensor, position: tf.Tensor, image_shape: tuple[int, ...]) -> tf.Tensor:
     """The noise of the move at `position`, counted from the end: float32 [N, H, W, C], a function of (seed, position)."""
     return rng.normal(seeds, image_shape, purpose=rng.Purpose.STEP, step=position)

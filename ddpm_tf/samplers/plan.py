@@ -26,6 +26,11 @@ class Plan(NamedTuple):
     def num_moves(self) -> int:
         return len(self.start)
 
+    def last_steps(self, num_steps: int) -> "Plan":
+        """The end of the plan, from the num_steps-th last move that leads down. Its noise is that of the whole plan."""
+        first = np.flatnonzero(self.end < self.start)[-num_steps]
+        return Plan(self.start[first:], self.end[first:])
+
     def move(self, position: tf.Tensor) -> Move:
         """The moves at `position`, int32 [B], counted from the end of the plan: 0 is the last move."""
         return Move(*(tf.gather(tf.constant(levels[::-1], tf.int32), position) for levels in self))
@@ -34,4 +39,10 @@ class Plan(NamedTuple):
 def descending(num_steps: int) -> Plan:
     """From x_T to the clean image, one level at a time: S -> S-1 -> ... -> 0."""
     levels = np.arange(num_steps, -1, -1)
+    return Plan(levels[:-1], levels[1:])
+
+
+def ascending(num_steps: int) -> Plan:
+    """From the clean image to x_T, one level at a time: 0 -> 1 -> ... -> S."""
+    levels = np.arange(num_steps + 1)
     return Plan(levels[:-1], levels[1:])

@@ -41,6 +41,7 @@ def sample(
     *,
     labels: Any = None,
     guidance: Any = None,
+    classifier_scale: Any = None,
     trace: int = 0,
     shared_noise_steps: int = -1,
 ) -> Samples:
@@ -54,6 +55,7 @@ def sample(
             integer, not in a list, is the label of all N images.
         guidance: weight of classifier-free guidance, one number or [N]: 0 ignores the labels, 1 is conditional, above 1
             stronger; None: conditional, at half the cost.
+        classifier_scale: weight of a classifier's gradient, one number or [N], for a network `guided_by` a classifier.
         trace: keep the states of every `trace` steps (1: all of them); 0: none.
         shared_noise_steps: k >= 0: all images start from the first one's x_T and share its noise for the first k steps
             (Fig. 7 of the paper); -1: nothing is shared.
@@ -62,7 +64,7 @@ def sample(
         InputError: no seeds, labels or guidance that do not fit the network, a negative trace, k outside -1..S.
     """
     seeds, moves = check_seeds(seeds), sampler.plan.num_moves
-    conditions = check_conditions(network, len(seeds), labels, guidance)
+    conditions = check_conditions(network, len(seeds), labels, guidance, classifier_scale)
     trace = checks.integer("trace", trace, low=0, high=2**63 - 1)
     shared_noise_steps = checks.integer("shared_noise_steps", shared_noise_steps, low=-1, high=moves)
     kept_states = 1 if not trace else 2 * (2 * -(-moves // trace) + 1)  # a trace is stacked from as many again

@@ -41,6 +41,8 @@ def make_card(inference: Any, sampler: Sampler, functions: dict[str, Any], field
         "sampler": {
             **{name: value for name, value in config.sample.items() if name not in _NOT_OF_THE_SAMPLER},
             "num_steps": sampler.num_steps,
+            "num_moves": sampler.plan.num_moves,
+            "network_evaluations": sampler.num_evaluations,
             "timesteps": sampler.diffusion.schedule.timesteps.tolist(),
         },
         "signatures": {name: signature_types(function) for name, function in functions.items()},

@@ -13,16 +13,17 @@ from ddpm_tf.networks.contract import Network
 from ddpm_tf.samplers.base import Sampler
 from ddpm_tf.samplers.denoiser import make_denoiser, make_output_fn
 from ddpm_tf.samplers.drawing import Conditions, advance, first_carry
-from ddpm_tf.samplers.loop import Carry, begin, initial_noise, make_move, step_noise
+from ddpm_tf.samplers.guidance import ClassifierGuided, is_conditional
+from ddpm_tf.samplers.loop import Carry, begin, make_move, step_noise
 
 Outputs = dict[str, tf.Tensor]
 
 
 class Limits(NamedTuple):
-    """What a request may ask: at most `max_batch` images, steps below `num_steps`, labels up to `num_classes`."""
+    """What a request may ask: at most `max_batch` images, steps below `num_moves`, labels up to `num_classes`."""
 
     max_batch: int
-    num_steps: int
+    num_moves: int
     num_classes: int
 
 
@@ -39,11 +40,13 @@ def make_signatures(
     """What a model server can be asked: {name: tf.function}, every one behind its checks.
 
     Signatures of a class-conditional network take `label` int32 [N], 0..num_classes (num_classes: no class), and those that
-    draw also `guidance_scale` float32 [N] (0 unconditional, 1 conditional, above 1 stronger). `denoise_step` of a network
-    with self-conditioning takes `x_0`, the output of the step before, 0 at first.
+    draw also `guidance_scale` float32 [N] (0 unconditional, 1 conditional, above 1 stronger). Those of a network that is
+    `guided_by` a classifier take `classifier_scale` float32 [N] (0: no guidance). `denoise_step` of a network
+    with self-conditioning takes `x_0`, the output of the step before, 0 at first. `denoise_step` of a sampler that carries a
+    memory from step to step takes and returns it as `memory_0`, `memory_1`, ..., all 0 at first.
 
-    Without `sample_from_noise` where the sampler draws noise after x_T, and without `denoise_step` where it carries a
-    memory from step to step. None is compiled by XLA, which model servers switch off.
+    Without `sample_from_noise` where the sampler draws noise after x_T. None is compiled by XLA, which model servers switch
+    off.
 
     Args:
         network: a network as `UNet`.
@@ -52,7 +55,7 @@ def make_signatures(
             model which draws an image in the steps of this chain alone.
         max_batch: the most images of one request.
     """
-    limits = Limits(max_batch, sampler.num_steps, getattr(network, "num_classes", None) or 0)
+    limits = Limits(max_batch, sampler.plan.num_moves, getattr(network, "num_classes", None) or 0)
     table = _table(network, sampler, bound_diffusion)
     return {name: _checked(signature, limits) for name, signature in table.items()}
 
@@ -96,24 +99,39 @@ def _no_seeds(noise: tf.Tensor) -> tf.Tensor:
     return tf.zeros(tf.shape(noise)[:1], tf.int64)
 
 
-def _conditions(inputs: Sequence[tf.Tensor]) -> Conditions:
-    """(label, guidance_scale) of a request, or (label,), or (), as `drawing` takes them."""
-    return dict(zip(("labels", "guidance"), inputs, strict=False))
+# {input of a request: the condition of `drawing`}
+_CONDITIONS = {"label": "labels", "guidance_scale": "guidance", "classifier_scale": "classifier_scale"}
+
+
+def _condition_specs(network: Network) -> tuple[tf.TensorSpec, ...]:
+    """The inputs that say what is drawn; the label comes first."""
+    if getattr(network, "num_classes", None) is None:
+        return ()
+    guided = is_conditional(network), isinstance(network, ClassifierGuided)
+    scales = [name for name, is_there in zip(("guidance_scale", "classifier_scale"), guided, strict=True) if is_there]
+    return tf.TensorSpec([None], tf.int32, "label"), *(tf.TensorSpec([None], tf.float32, name) for name in scales)
+
+
+def _conditions(specs: Sequence[tf.TensorSpec], inputs: Sequence[tf.Tensor]) -> Conditions:
+    """The inputs of a request that these specs name, as `drawing` takes them."""
+    return {_CONDITIONS[spec.name]: value for spec, value in zip(specs, inputs, strict=True)}
 
 
 def _table(network: Network, sampler: Sampler, bound_diffusion: GaussianDiffusion) -> dict[str, Signature]:
     image_shape = tuple(network.image_shape)
     seed, step = tf.TensorSpec([None], tf.int64, "seed"), tf.TensorSpec([None], tf.int32, "step")
-    label: tuple[tf.TensorSpec, ...] = ()
-    conditions: tuple[tf.TensorSpec, ...] = ()
-    if getattr(network, "num_classes", None) is not None:
-        label = (tf.TensorSpec([None], tf.int32, "label"),)
-        conditions = (*label, tf.TensorSpec([None], tf.float32, "guidance_scale"))
+    conditions = _condition_specs(network)
+    label = conditions[:1] if is_conditional(network) else ()
+    memory = sampler.init_memory(tf.zeros([1, *image_shape]))
+    memories = tuple(
+        tf.TensorSpec([None, *part.shape[1:]], part.dtype, f"memory_{k}")
+        for k, part in enumerate(tf.nest.flatten(memory))
+    )
     last_x_0 = (_image(network, "x_0"),) if getattr(network, "self_condition", False) else ()
 
     # A function of its own, so that it is traced and written once for all signatures that sample.
     def run(x_T: tf.Tensor, seed: tf.Tensor, *inputs: tf.Tensor) -> tf.Tensor:
-        return advance(network, sampler, begin(sampler, x_T), seed, _conditions(inputs)).x
+        return advance(network, sampler, begin(sampler, x_T), seed, _conditions(conditions, inputs)).x
 
     chain = tf.function(run, input_signature=(_image(network, "x_T"), seed, *conditions), autograph=False)
 
@@ -129,21 +147,24 @@ def _table(network: Network, sampler: Sampler, bound_diffusion: GaussianDiffusio
         return {"images": _to_uint8(_finite(x, "The images are not finite: the noise is too large."))}
 
     def x_T(seed: tf.Tensor) -> Outputs:
-        return {"x_T": initial_noise(seed, image_shape)}
+        return {"x_T": sampler.initial_state(seed, image_shape)}
 
     def denoise_step(x_t: tf.Tensor, step: tf.Tensor, seed: tf.Tensor, *inputs: tf.Tensor) -> Outputs:
         noise = step_noise(seed, step, image_shape) if sampler.needs_noise else None
-        x_0 = inputs[len(conditions)] if last_x_0 else tf.zeros_like(x_t)
-        denoise = make_denoiser(network, sampler.diffusion, clip=sampler.clip, **_conditions(inputs[: len(conditions)]))
-        carry = make_move(sampler, denoise, Carry(x_t, x_0, ()), step, noise)
+        given, rest = inputs[: len(conditions)], inputs[len(conditions) :]
+        x_0 = rest[len(memories)] if last_x_0 else tf.zeros_like(x_t)
+        denoise = make_denoiser(network, sampler.diffusion, sampler.denoising, **_conditions(conditions, given))
+        before = tf.nest.pack_sequence_as(memory, rest[: len(memories)])
+        carry = make_move(sampler, denoise, Carry(x_t, x_0, before), step, noise)
         x_prev, x_0 = (_finite(x, "The step's result is not finite: x_t is too large.") for x in carry[:2])
-        return {"x_prev": x_prev, "x_0": x_0}
+        after = zip(memories, tf.nest.flatten(carry.memory), strict=True)
+        return {"x_prev": x_prev, "x_0": x_0, **{spec.name: part for spec, part in after}}
 
     def total_bpd(grey: tf.Tensor, seed: tf.Tensor, *inputs: tf.Tensor) -> Outputs:
         x_0 = images.from_uint8(tf.cast(grey, tf.float32))
         return {
             "total_bpd": bits_per_dim(
-                bound_diffusion, make_output_fn(network, bound_diffusion, **_conditions(inputs)), x_0, seed
+                bound_diffusion, make_output_fn(network, bound_diffusion, **_conditions(label, inputs)), x_0, seed
             ).total
         }
 
@@ -155,9 +176,8 @@ def _table(network: Network, sampler: Sampler, bound_diffusion: GaussianDiffusio
     }
     if not sampler.needs_noise:
         table["sample_from_noise"] = Signature((_image(network, "noise"), *conditions), sample_from_noise)
-    if not tf.nest.flatten(sampler.init_memory(tf.zeros([1, *image_shape]))):
-        specs = (_image(network, "x_t"), step, seed, *conditions, *last_x_0)
-        table["denoise_step"] = Signature(specs, denoise_step)
+    specs = (_image(network, "x_t"), step, seed, *conditions, *memories, *last_x_0)
+    table["denoise_step"] = Signature(specs, denoise_step)
     return table
 
 
@@ -177,7 +197,7 @@ def _check(specs: Sequence[tf.TensorSpec], inputs: Sequence[tf.Tensor], limits: 
     good = tf.reduce_all(sizes == sizes[0]) & (sizes[0] >= 1) & (sizes[0] <= limits.max_batch)
     message = f"A request is of 1 to {limits.max_batch} images, and all its inputs are of the same number; found"
     tensors = _behind(good, [message, sizes], tensors)
-    largest = {"step": limits.num_steps - 1, "label": limits.num_classes}
+    largest = {"step": limits.num_moves - 1, "label": limits.num_classes}
     for k, value in enumerate(tensors):
         name = specs[k].name
         if value.dtype.is_floating:

@@ -159,9 +159,9 @@ def test_bad_kept_timesteps_are_refused(kept):
 @pytest.mark.parametrize("spacing", sorted(TIMESTEP_SPACINGS))
 def test_spacings_ascend_within_the_chain(spacing, T):
     for S in range(1, T + 1) if T <= 40 else (1, 2, 3, 7, 10, 50, 333, 999, 1000):
-        kept = space_timesteps(T, S, spacing)
+        kept = space_timesteps(T, S, spacing, alphas_cumprod=Schedule(make_betas("linear", T)).alphas_cumprod)
         assert kept[0] >= 0 and kept[-1] < T and (np.diff(kept) > 0).all()
-        assert len(kept) == S or spacing == "quad"
+        assert len(kept) == S or spacing in ("quad", "logsnr", "karras")
         if S == 1:
             assert kept == [T - 1]
 
@@ -184,3 +184,32 @@ def test_steps_outside_the_chain_are_refused(S):
 def test_unknown_spacing_lists_names():
     with pytest.raises(InputError, match="Unknown timestep spacing 'log'.*'quad'"):
         space_timesteps(1000, 10, "log")
+
+
+@pytest.mark.parametrize("spacing", ["logsnr", "karras"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "linear_zero_snr"])
+def test_spacings_of_a_schedule_are_even_in_their_own_unit(spacing, schedule):
+    """To the nearest trained timestep; a chain that ends without signal visits its end beside them."""
+    abar = Schedule(make_betas(schedule, 1000)).alphas_cumprod
+    kept = space_timesteps(1000, 10, spacing, alphas_cumprod=abar)
+    assert kept[0] == 0 and kept[-1] == 999
+    finite = np.flatnonzero(abar > 0)
+    sigma = np.sqrt(1 / abar[finite] - 1)
+    place = np.log(sigma) if spacing == "logsnr" else sigma ** (1 / 7)
+    wanted = np.linspace(place[0], place[-1], 10 - (len(abar) - len(finite)))
+    nearest = np.abs(place[:, None] - wanted).argmin(0)
+    used = kept[kept < len(finite)]
+    assert len(used) >= len(wanted) // 2  # where the chain is coarse, several of the wanted fall together
+    for t in used:
+        assert np.abs(nearest - t).min() <= 1
+    with pytest.raises(InputError, match=f"Timestep spacing '{spacing}' depends on the schedule: give alphas_cumprod"):
+        space_timesteps(1000, 10, spacing)
+
+
+def test_zero_snr_rescales_linear_and_ends_without_signal():
+    linear, zero = (Schedule(make_betas(name, 1000)).alphas_cumprod for name in ("linear", "linear_zero_snr"))
+    root = np.sqrt(linear)
+    np.testing.assert_allclose(np.sqrt(zero), (root - root[-1]) * root[0] / (root[0] - root[-1]), atol=1e-12)
+    assert zero[-1] == 0 and zero[0] == pytest.approx(linear[0])
+    with pytest.raises(InputError, match="needs num_timesteps of at least 2, found 1"):
+        make_betas("linear_zero_snr", 1)

@@ -32,9 +32,10 @@ def test_a_schedule_gives_betas_of_a_chain(name, num_timesteps):
 def test_a_spacing_visits_ascending_timesteps(spacing):
     for num_timesteps in (1, 2, 10, 1000):
         for num_steps in {1, 2, 3, 7, 250, 333, num_timesteps - 1, num_timesteps} & set(range(1, num_timesteps + 1)):
-            kept = space_timesteps(num_timesteps, num_steps, spacing)
+            abar = Schedule(make_betas("linear", num_timesteps)).alphas_cumprod
+            kept = space_timesteps(num_timesteps, num_steps, spacing, alphas_cumprod=abar)
             assert 0 <= kept[0] and kept[-1] < num_timesteps and (np.diff(kept) > 0).all() and len(kept) <= num_steps
-            assert spacing == "quad" or len(kept) == num_steps
+            assert spacing in ("quad", "logsnr", "karras") or len(kept) == num_steps
         assert space_timesteps(num_timesteps, 1, spacing).tolist() == [num_timesteps - 1]
 
 

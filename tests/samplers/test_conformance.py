@@ -7,16 +7,22 @@ import tensorflow as tf
 from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.diffusion.schedules import TIMESTEP_SPACINGS, Schedule, make_betas
 from ddpm_tf.samplers import SAMPLERS, make_sampler, sample
+from ddpm_tf.samplers.base import initial_noise
 from ddpm_tf.samplers.denoiser import make_denoiser
 from ddpm_tf.samplers.drawing import advance, first_carry
-from ddpm_tf.samplers.loop import begin, initial_noise, make_move, run_loop
+from ddpm_tf.samplers.loop import begin, make_move, run_loop
 from tests.conftest import run_chain
 
 T = 60
 DIFFUSION = GaussianDiffusion(Schedule(make_betas("linear_scaled", T)))
 SHAPE = (4, 4, 2)
 # Every sampler at its defaults, and with each of its settings at another value.
-VARIANTS = [(name, {}) for name in SAMPLERS] + [("ddim", {"eta": 0.7})]
+VARIANTS = [(name, {}) for name in SAMPLERS] + [
+    ("ddim", {"eta": 0.7}),
+    ("ddim", {"sigma_hat": True}),
+    ("heun", {"churn": 3.0}),
+    ("repaint", {"jump_length": 2, "num_resamples": 3}),
+]
 
 
 class Conditional:
@@ -52,7 +58,7 @@ def test_its_plan_leads_from_x_T_to_the_clean_image(variant, spacing):
     for num_steps in (1, 2, 7, T):
         sampler = variant(num_steps=num_steps, spacing=spacing)
         plan = sampler.plan
-        assert plan.start[0] == sampler.num_steps and plan.end[-1] == 0
+        assert plan.start[0] == plan.start.max() and plan.end[-1] == 0
         np.testing.assert_array_equal(plan.end[:-1], plan.start[1:])  # every move begins where the last one ended
         x = run_chain(sampler, lambda x, i: 0.8 * x, initial_noise([0], SHAPE), [0]).x
         assert np.isfinite(x).all()
@@ -111,10 +117,12 @@ def test_pieces_are_the_whole_and_hand_x_0_on(variant):
         return denoise(x, i, x_0)
 
     carry = first_carry(network, sampler, seeds)
-    for position in reversed(range(6)):
+    for position in reversed(range(sampler.plan.num_moves)):
         carry = run_loop(sampler, watched, carry, seeds, start=position + 1, stop=position)
     np.testing.assert_allclose(carry.x, whole.images, atol=1e-5)
     np.testing.assert_array_equal(x_0s[0], 0)
-    np.testing.assert_allclose(np.stack(x_0s[1:]), traced.trace.x_0[:0:-1], atol=1e-5)
+    asking = np.flatnonzero((sampler.plan.end <= sampler.plan.start)[::-1])[::-1]  # positions; a move up asks nothing
+    assert len(x_0s) == len(asking) == sampler.num_evaluations
+    np.testing.assert_allclose(np.stack(x_0s[1:]), traced.trace.x_0[asking[1:] + 1], atol=1e-5)
     blind = sample(SelfConditioned(), sampler, seeds, trace=5)  # in two pieces
     np.testing.assert_allclose(blind.images, whole.images, atol=1e-6)

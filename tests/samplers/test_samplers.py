@@ -11,7 +11,8 @@ from ddpm_tf.errors import InputError
 from ddpm_tf.experiment import generate
 from ddpm_tf.networks import UNet
 from ddpm_tf.samplers import SAMPLERS, interpolate, make_sampler, sample
-from ddpm_tf.samplers.loop import initial_noise, step_noise
+from ddpm_tf.samplers.base import initial_noise
+from ddpm_tf.samplers.loop import step_noise
 from tests.conftest import drawn_weight, run_chain, tf1_name
 
 MU, S = 0.4, 0.5

@@ -7,7 +7,7 @@ import tensorflow as tf
 from ddpm_tf import experiment
 from ddpm_tf.errors import InputError
 from ddpm_tf.samplers import sample
-from ddpm_tf.samplers.loop import initial_noise
+from ddpm_tf.samplers.base import initial_noise
 
 SEEDS = np.arange(3)
 

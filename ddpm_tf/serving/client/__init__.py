@@ -102,7 +102,12 @@ class Client:
         self._transport.close()
 
     def sample(
-        self, seeds: Iterable[int], *, labels: ArrayLike | None = None, guidance_scale: ArrayLike | None = None
+        self,
+        seeds: Iterable[int],
+        *,
+        labels: ArrayLike | None = None,
+        guidance_scale: ArrayLike | None = None,
+        classifier_scale: ArrayLike | None = None,
     ) -> np.ndarray:
         """uint8 [N, H, W, C]; image k depends on seeds[k], labels[k] and guidance_scale[k] alone.
 
@@ -112,18 +117,25 @@ class Client:
                 means no class.
             guidance_scale: classifier-free guidance, for a class-conditional model: one number for all images, or N. 0 ignores
                 the labels, 1 uses them as they are, and above 1 strengthens them; None means 1.
+            classifier_scale: weight of the classifier that the model was exported with, one number or N; 0 switches it off, and
+                None means 1.
 
         Raises:
             InputError: an argument cannot be used, labels are missing, or the model does not take them.
         """
-        answers = self._answers("sample", {"seed": _as_seeds(seeds)}, labels, guidance_scale)
+        answers = self._answers("sample", {"seed": _as_seeds(seeds)}, labels, guidance_scale, classifier_scale)
         return np.concatenate([answer["images"] for answer in answers])
 
     def sample_png(
-        self, seeds: Iterable[int], *, labels: ArrayLike | None = None, guidance_scale: ArrayLike | None = None
+        self,
+        seeds: Iterable[int],
+        *,
+        labels: ArrayLike | None = None,
+        guidance_scale: ArrayLike | None = None,
+        classifier_scale: ArrayLike | None = None,
     ) -> list[bytes]:
         """The same images as the contents of N PNG files; the arguments are those of `sample`."""
-        answers = self._answers("sample_png", {"seed": _as_seeds(seeds)}, labels, guidance_scale)
+        answers = self._answers("sample_png", {"seed": _as_seeds(seeds)}, labels, guidance_scale, classifier_scale)
         return [png for answer in answers for png in answer["image_bytes"]]
 
     def denoise(
@@ -133,6 +145,7 @@ class Client:
         num_steps: int,
         labels: ArrayLike | None = None,
         guidance_scale: ArrayLike | None = None,
+        classifier_scale: ArrayLike | None = None,
     ) -> Iterator[Step]:
         """The same images step by step: yields a `Step` for each of the S steps. The last x is the image, in [-1, 1].
 
@@ -140,9 +153,10 @@ class Client:
 
         Args:
             seeds: at most max_batch of them.
-            num_steps: the model's own S, `sampler.num_steps` in the version's model_card.json. A model server cannot be asked
+            num_steps: the model's own number of moves, `sampler.num_moves` in the version's model_card.json; S, but 2 S - 1 for
+                heun. A model server cannot be asked
                 for it. It refuses a larger number; a smaller one gives other images than the sampler's.
-            labels, guidance_scale: see `sample`.
+            labels, guidance_scale, classifier_scale: see `sample`.
         """
         seeds = _as_seeds(seeds)
         if len(seeds) > self._max_batch:
@@ -150,16 +164,22 @@ class Client:
         if num_steps < 1:
             raise InputError(f"num_steps must be at least 1, found {num_steps}.")
         with self._one_version(True) as client:
-            inputs = {"seed": seeds, **client._conditions("denoise_step", len(seeds), labels, guidance_scale)}
+            inputs = {
+                "seed": seeds,
+                **client._conditions("denoise_step", len(seeds), labels, guidance_scale, classifier_scale),
+            }
             x = client.predict("initial_noise", {"seed": seeds})["x_T"]
-            if "x_0" in client._signature("denoise_step").inputs:  # self-conditioning: the x_0 of the step before
+            known = client._signature("denoise_step").inputs
+            if "x_0" in known:  # self-conditioning: the x_0 of the step before
                 inputs["x_0"] = np.zeros_like(x)
+            for name in (name for name in known if name.startswith("memory_")):  # of a sampler that looks back
+                sizes = [int(size or 0) for size in (known[name].shape or ())[1:]]
+                inputs[name] = np.zeros((len(seeds), *sizes), known[name].dtype)
             for index in reversed(range(num_steps)):
                 state = {"x_t": x, "step": np.full(len(seeds), index, np.int32)}
                 out = client.predict("denoise_step", inputs | state)
                 x = out["x_prev"]
-                if "x_0" in inputs:
-                    inputs["x_0"] = out["x_0"]
+                inputs |= {name: out[name] for name in out.keys() & inputs.keys()}
                 yield Step(index, x, out["x_0"])
 
     def bits_per_dim(self, images: np.ndarray, seeds: Iterable[int], *, labels: ArrayLike | None = None) -> np.ndarray:
@@ -170,7 +190,7 @@ class Client:
         seeds, images = _as_seeds(seeds), np.asarray(images)
         if len(images) != len(seeds):
             raise InputError(f"There must be one seed for each image, found {len(seeds)} for {len(images)} images.")
-        answers = self._answers("bits_per_dim", {"images": images, "seed": seeds}, labels, None)
+        answers = self._answers("bits_per_dim", {"images": images, "seed": seeds}, labels, None, None)
         return np.concatenate([answer["total_bpd"] for answer in answers])
 
     def _answers(
@@ -178,19 +198,24 @@ class Client:
         signature: str,
         inputs: dict[str, np.ndarray],
         labels: ArrayLike | None,
-        guidance_scale: ArrayLike | None,
+        *scales: ArrayLike | None,
     ) -> list[dict[str, np.ndarray]]:
         """The answers to as many requests as are needed for all rows of the inputs."""
         count = len(inputs["seed"])
         batches = [slice(k, k + self._max_batch) for k in range(0, count, self._max_batch)]
         with self._one_version(len(batches) > 1) as client:
-            inputs = inputs | client._conditions(signature, count, labels, guidance_scale)
+            inputs = inputs | client._conditions(signature, count, labels, *scales)
             return [client.predict(signature, {name: v[rows] for name, v in inputs.items()}) for rows in batches]
 
     def _conditions(
-        self, signature: str, count: int, labels: ArrayLike | None, guidance_scale: ArrayLike | None
+        self,
+        signature: str,
+        count: int,
+        labels: ArrayLike | None,
+        guidance_scale: ArrayLike | None,
+        classifier_scale: ArrayLike | None,
     ) -> dict[str, np.ndarray]:
-        """The inputs `label` and `guidance_scale` that the signature has, with a value for each image."""
+        """The inputs `label`, `guidance_scale` and `classifier_scale` that the signature has, with a value for each image."""
         known = self._signature(signature).inputs
         if labels is None and "label" in known:
             raise InputError(
@@ -198,15 +223,17 @@ class Client:
             )
         if labels is not None and "label" not in known:
             raise InputError("Labels were given, but this model is unconditional: leave them out.")
-        if guidance_scale is None:
-            guidance_scale = 1.0 if "guidance_scale" in known else None
-        elif "guidance_scale" not in known:
-            raise InputError("A guidance_scale was given, but this model is unconditional: leave it out.")
-        given = {"label": ("labels", labels), "guidance_scale": ("guidance_scale", guidance_scale)}
+        given = {"guidance_scale": guidance_scale, "classifier_scale": classifier_scale}
+        for name, value in given.items():
+            if value is not None and name not in known:
+                of = "was exported without a classifier" if name == "classifier_scale" else "is unconditional"
+                raise InputError(f"A {name} was given, but this model {of}: leave it out.")
+        values = {name: 1.0 if value is None else value for name, value in given.items() if name in known}
+        if labels is not None:
+            values = {"label": labels, **values}
         return {
-            key: _one_each(name, value, count, known[key].dtype)
-            for key, (name, value) in given.items()
-            if value is not None
+            name: _one_each("labels" if name == "label" else name, value, count, known[name].dtype)
+            for name, value in values.items()
         }
 
     def predict(self, signature: str, inputs: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:

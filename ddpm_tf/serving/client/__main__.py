@@ -30,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="seed of the first image, an int64")
     add("--labels", type=_integers, help="classes for a class-conditional model, used in turn, for example 0,1,2")
     add("--guidance_scale", type=float, help="0 ignores the labels, above 1 strengthens them; None means 1")
+    add("--classifier_scale", type=float, help="weight of the exported classifier, 0 switches it off; None means 1")
     add("--max_batch", type=int, default=16, help="images per request; at most the export's --max_batch")
     add("--out", help="a new or empty folder for the PNGs")
     add("--deadline_s", type=float, default=60.0, help="seconds that one request may take")
@@ -42,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--progress_steps",
         type=int,
-        help="draw step by step and show progress; the model's S (sampler.num_steps in its model_card.json)",
+        help="draw step by step and show progress; the model's moves (sampler.num_moves in its model_card.json)",
     )
     add("--status", action="store_true", help="only print the model's versions and signatures")
     return parser
@@ -98,7 +99,8 @@ def _draw(client: Client, args: argparse.Namespace) -> None:
     make_new_folder(args.out)
     seeds = range(args.seed, args.seed + args.num_images)
     labels = None if args.labels is None else np.resize(args.labels, args.num_images)
-    conditions = {"labels": labels, "guidance_scale": args.guidance_scale}
+    scales = {"guidance_scale": args.guidance_scale, "classifier_scale": args.classifier_scale}
+    conditions = {"labels": labels, **scales}
     if args.progress_steps is None:
         images = client.sample(seeds, **conditions)
     else:
