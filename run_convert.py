@@ -40,7 +40,9 @@ _OUT = flags.DEFINE_string(
 )
 _EMA = flags.DEFINE_bool("ema", True, "Give diffusers the moving average of the weights (--noema: the weights).")
 _REFERENCE = flags.DEFINE_string(
-    "reference", None, "With --from an .npz with x_t, t and output: says how far the network's output is from it."
+    "reference",
+    None,
+    "With --from an .npz with x_t, t, output, and labels if there are classes: says how far the network's output is off.",
 )
 _ONLY_FROM, _ONLY_TO = ("checkpoint", "config", "reference"), ("out", "ema")
 

@@ -1,6 +1,7 @@
-"""Make a small UNet2DModel with diffusers itself, and its output on a fixed input: the fixture of tests/convert.
+"""Make small UNet2DModels with diffusers itself, and their output on a fixed input: the fixtures of tests/convert.
 
-python tools/diffusers_reference.py tests/data/diffusers_small      (needs torch and diffusers)
+python tools/diffusers_reference.py SMALL tests/data/diffusers_small      (needs torch and diffusers)
+python tools/diffusers_reference.py COND tests/data/diffusers_cond
 """
 
 import sys
@@ -16,6 +17,16 @@ SMALL = {
     "layers_per_block": 1,
     "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
     "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+}
+# With classes. 4 channels to a normalisation group: where a group is one channel, the output does not depend on the label.
+COND = {
+    "sample_size": 8,
+    "block_out_channels": [16, 16],
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "norm_num_groups": 4,
+    "num_class_embeds": 5,
 }
 CIFAR10 = {
     "sample_size": 32,
@@ -52,20 +63,28 @@ def make(shape):
     return model
 
 
-def run(model, x_t, t):
-    """x_t: float32 [B, H, W, C] numpy -> the output, likewise."""
+def run(model, x_t, t, labels=None):
+    """x_t: float32 [B, H, W, C] numpy; t and labels int64 [B] -> the output, as x_t."""
     with torch.no_grad():
-        out = model(torch.from_numpy(x_t.transpose(0, 3, 1, 2).copy()), torch.from_numpy(t)).sample
+        out = model(
+            torch.from_numpy(x_t.transpose(0, 3, 1, 2).copy()),
+            torch.from_numpy(t),
+            class_labels=None if labels is None else torch.from_numpy(labels),
+        ).sample
     return out.numpy().transpose(0, 2, 3, 1)
 
 
-def inputs(size, batch=2):
+def inputs(model):
+    """{"x_t", "t", "labels"} that `run` takes: two images, or one for every label; no labels for a model without classes."""
     r = np.random.Generator(np.random.PCG64(0))
-    return r.standard_normal((batch, size, size, 3)).astype(np.float32), np.array([3, 700])[:batch]
+    size, rows = model.config.sample_size, model.config.num_class_embeds
+    batch = rows or 2
+    x_t = r.standard_normal((batch, size, size, 3)).astype(np.float32)
+    return {"x_t": x_t, "t": np.resize([3, 700], batch)} | ({"labels": np.arange(rows)} if rows else {})
 
 
 if __name__ == "__main__":
-    model = make(SMALL)
-    model.save_pretrained(sys.argv[1])
-    x_t, t = inputs(8)
-    np.savez(f"{sys.argv[1]}/output.npz", x_t=x_t, t=t, output=run(model, x_t, t))
+    model = make(globals()[sys.argv[1]])
+    model.save_pretrained(sys.argv[2])
+    arrays = inputs(model)
+    np.savez(f"{sys.argv[2]}/output.npz", **arrays, output=run(model, **arrays))

@@ -1,8 +1,11 @@
 """Hugging Face diffusers `UNet2DModel` folders (config.json and safetensors), both ways.
 
 Files are read by the `safetensors` library, which runs no code from them. Convolution kernels are OIHW there and HWIO here.
-Dense kernels are [out, in] there and [in, out] here. The levels of the up path are numbered from the bottom there and from
-the top here.
+Dense kernels are [out, in] there and [in, out] here; the table of the classes is [classes, channels] in both. The levels of
+the up path are numbered from the bottom there and from the top here.
+
+A class-conditional `UNet2DModel` has num_class_embeds rows and no null class (the label that stands for no condition). Here
+the last row is the null class, so that a table of K rows is read as K - 1 classes, and num_classes + 1 rows are written.
 """
 
 import contextlib
@@ -14,6 +17,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from absl import logging
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -49,6 +53,9 @@ def load_diffusers(path: str | os.PathLike[str]) -> UNet:
         path: a folder with config.json and .safetensors, in one file or in shards; a pipeline's folder, which has it as
             unet/; or the .safetensors file itself.
 
+    Returns:
+        the network. If it has classes, the last row of the file's table is its null class, which is logged.
+
     Raises:
         InputError: files that are missing or damaged, a format that can run code, an architecture that is not Ho et al.'s
             (names the config key), or weights that do not fit the architecture (lists them).
@@ -62,7 +69,19 @@ def load_diffusers(path: str | os.PathLike[str]) -> UNet:
     arrays = _read_safetensors(files.weights, shapes)
     ours = {name: _to_ours(arrays[name], v) for name, v in expected.items()}
     assign(expected, ours, files.weights[0])
+    if network.num_classes is not None:
+        logging.warning("%s", describe_null_class(network.num_classes))
     return network
+
+
+def describe_null_class(num_classes: int) -> str:
+    """What was assumed of the table of a class-conditional `UNet2DModel`, which became a network of so many classes."""
+    return (
+        f"num_class_embeds={num_classes + 1} was read as {num_classes} classes and a null class: the last row of the table, "
+        f"label {num_classes}, is taken for the null class (no condition). A UNet2DModel does not say whether it was trained "
+        f"with one. If it was not, label {num_classes} is a class like the others: draw with any label within "
+        f"0..{num_classes}, but without guidance, which needs a null class."
+    )
 
 
 def load_diffusers_scheduler(path: str | os.PathLike[str]) -> Scheduler | None:
@@ -91,7 +110,7 @@ def save_diffusers(network: UNet, path: str | os.PathLike[str], *, scheduler: Ma
     The attention weights have the keys of diffusers 0.17 and later.
 
     Args:
-        network: a UNet without classes, pixel blocks or resampling without convolution, with the paper's theta.
+        network: a UNet without pixel blocks or resampling without convolution, with the paper's theta.
         path: a new or empty folder.
         scheduler: the content of scheduler_config.json, as `describe_scheduler` makes it; None: there will be no such file.
 
@@ -124,8 +143,10 @@ def diffusers_name(path: str, levels: int) -> str:
         levels: how many levels the network has.
     """
     _, *parts = path.split("/")
-    leaf = {"kernel": "weight", "gamma": "weight", "bias": "bias", "beta": "bias"}[parts.pop()]
+    leaf = {"kernel": "weight", "gamma": "weight", "embeddings": "weight", "bias": "bias", "beta": "bias"}[parts.pop()]
     block, *rest = parts
+    if rest == ["labels"]:
+        return f"class_embedding.{leaf}"
     if block == "temb":
         return f"time_embedding.linear_{int(rest[0][-1]) + 1}.{leaf}"
     if "." not in block:
@@ -145,10 +166,12 @@ def diffusers_name(path: str, levels: int) -> str:
 
 
 def _check_size(architecture: Mapping[str, Any], weights: Sequence[str], config_path: str) -> None:
-    """Refuse an architecture whose 3x3 convolutions alone are larger than the files, before the network is made."""
+    """Refuse an architecture whose 3x3 convolutions and classes alone are larger than the files, before it is made."""
     blocks = 2 * architecture["num_res_blocks"] + 1
     widths = [architecture["ch"] * m for m in architecture["ch_mult"]]
-    least = 2 * 9 * (blocks * sum(w * w for w in widths) + 4 * widths[-1] ** 2)  # 2 bytes each, in half precision
+    convolutions = 9 * (blocks * sum(w * w for w in widths) + 4 * widths[-1] ** 2)
+    table = 4 * architecture["ch"] * ((architecture["num_classes"] or -1) + 1)
+    least = 2 * (convolutions + table)  # 2 bytes each, in half precision
     present = sum(os.path.getsize(path) for path in weights)
     if least > present:
         raise InputError(
@@ -239,7 +262,7 @@ def _their_shape(variable: keras.Variable) -> tuple[int, ...]:
     shape = tuple(variable.shape)
     if len(shape) == 4:
         return shape[3], shape[2], shape[0], shape[1]
-    if len(shape) == 2:
+    if len(shape) == 2 and not _is_table(variable):
         return (shape[1], shape[0], 1, 1) if "nin_shortcut" in variable.path else (shape[1], shape[0])
     return shape
 
@@ -247,10 +270,15 @@ def _their_shape(variable: keras.Variable) -> tuple[int, ...]:
 def _to_theirs(array: np.ndarray, variable: keras.Variable) -> np.ndarray:
     if len(variable.shape) == 4:
         return array.transpose(3, 2, 0, 1)  # HWIO -> OIHW
-    return array.T.reshape(_their_shape(variable))
+    return array if _is_table(variable) else array.T.reshape(_their_shape(variable))
 
 
 def _to_ours(array: np.ndarray, variable: keras.Variable) -> np.ndarray:
     if len(variable.shape) == 4:
         return array.transpose(2, 3, 1, 0)  # OIHW -> HWIO
-    return array.reshape(array.shape[:2]).T
+    return array if _is_table(variable) else array.reshape(array.shape[:2]).T
+
+
+def _is_table(variable: keras.Variable) -> bool:
+    """Whether a variable is the table of the classes, [num_classes + 1, 4 ch]; it is the same in diffusers."""
+    return variable.path.endswith("/embeddings")

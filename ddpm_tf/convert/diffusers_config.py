@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from ddpm_tf import checks
 from ddpm_tf.convert.json_file import is_int, is_number, read_object, shown
 from ddpm_tf.errors import InputError
 from ddpm_tf.networks import UNet
@@ -24,8 +25,6 @@ _FIXED = {
     "downsample_type": ("conv", "conv"),
     "upsample_type": ("conv", "conv"),
     "add_attention": (True, True),
-    "class_embed_type": (None, None),
-    "num_class_embeds": (None, None),
     "time_embedding_dim": (None, None),
 }
 # {block type: whether it has attention}.
@@ -57,6 +56,7 @@ def read_architecture(path: str) -> dict[str, Any]:
         "num_res_blocks": _count("layers_per_block", config.get("layers_per_block", 2), path),
         "attn_resolutions": tuple(height >> level for level in range(len(channels)) if has_attn[level]),
         "dropout": float(dropout),
+        "num_classes": _num_classes(config, path),
         "num_groups": _count("norm_num_groups", config.get("norm_num_groups", 32), path, most=_MAX_CHANNELS),
     }
 
@@ -67,7 +67,7 @@ def describe_architecture(network: UNet) -> dict[str, Any]:
     Raises:
         InputError: naming the argument that UNet2DModel has no place for.
     """
-    for name, needed in (("num_classes", None), ("block_size", 1), ("resamp_with_conv", True), ("theta", 10_000)):
+    for name, needed in (("block_size", 1), ("resamp_with_conv", True), ("theta", 10_000)):
         if getattr(network, name) != needed:
             raise InputError(
                 f"A UNet with {name}={getattr(network, name)!r} cannot be written as a UNet2DModel, which has only "
@@ -88,6 +88,8 @@ def describe_architecture(network: UNet) -> dict[str, Any]:
         "dropout": network.dropout,
         "norm_num_groups": network.num_groups,
         "attn_norm_num_groups": None,
+        "class_embed_type": None,
+        "num_class_embeds": None if network.num_classes is None else network.num_classes + 1,
         **{key: value for key, (value, _) in _FIXED.items()},
     }
 
@@ -134,6 +136,24 @@ def _attention_levels(config: dict[str, Any], levels: int, path: str) -> list[bo
             f"{path}: attention on the way up ({shown(up)}) is not at the levels of the way down ({shown(down)})."
         )
     return has_attn
+
+
+def _num_classes(config: dict[str, Any], path: str) -> int | None:
+    """The classes of the table of num_class_embeds rows, whose last row is taken for the null class; None without a table."""
+    kind, rows = config.get("class_embed_type"), config.get("num_class_embeds")
+    if kind is not None:
+        raise InputError(
+            f"{path}: class_embed_type is {shown(kind)}, expected null. Classes can be read only as a learned table: "
+            "class_embed_type null, and num_class_embeds its number of rows."
+        )
+    if rows is None:
+        return None
+    if not is_int(rows) or not 2 <= rows <= checks.MAX_TIMESTEPS + 1:
+        raise InputError(
+            f"{path}: num_class_embeds is {shown(rows)}, expected null or an integer within 2..{checks.MAX_TIMESTEPS + 1}: the "
+            "last row of the table is taken for the null class (no condition), and the rows before it are the classes."
+        )
+    return rows - 1
 
 
 def _size(config: dict[str, Any], path: str) -> list[int]:

@@ -15,10 +15,10 @@ import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from ddpm_tf import builders, files, text
+from ddpm_tf import builders, checks, files, text
 from ddpm_tf import config as config_lib
 from ddpm_tf.cluster.strategy import configure_devices
-from ddpm_tf.convert.diffusers import load_diffusers, load_diffusers_scheduler, save_diffusers
+from ddpm_tf.convert.diffusers import describe_null_class, load_diffusers, load_diffusers_scheduler, save_diffusers
 from ddpm_tf.convert.diffusers_scheduler import Scheduler, describe_scheduler, has_spacing, same_betas
 from ddpm_tf.convert.json_file import read_object
 from ddpm_tf.convert.tf1 import (
@@ -101,7 +101,7 @@ def import_diffusers(path: str, workdir: str, *, config: ConfigDict | None = Non
         workdir: a new or empty folder.
         config: the diffusion and training settings; its network has to be the file's. None: what the files say, and else
             the defaults.
-        reference: as in `import_tf1`.
+        reference: as in `import_tf1`; for a network with classes also with labels.
 
     Returns:
         a report, as text.
@@ -133,8 +133,9 @@ def import_diffusers(path: str, workdir: str, *, config: ConfigDict | None = Non
     for network in (model.network, model.ema_network):
         network.set_weights(loaded.get_weights())
     _make_workdir(workdir, config, {name: v.numpy() for name, v in model.state().items()})
+    classes = "" if loaded.num_classes is None else f"\n{describe_null_class(loaded.num_classes)}"
     return (
-        f"{len(loaded.variables)} weights ({loaded.count_params():,} parameters) of {path}, step 0.{parity}\n"
+        f"{len(loaded.variables)} weights ({loaded.count_params():,} parameters) of {path}, step 0.{parity}{classes}\n"
         f"{_scheduler_report(scheduler, config, is_given)}\n{_next_commands(workdir)}"
     )
 
@@ -180,9 +181,24 @@ def _export_diffusers(workdir: str, out: str, ema: bool) -> str:
     return (
         f"{inference.network.count_params():,} parameters ({'moving average' if ema else 'weights'}) of step "
         f"{inference.step} as a UNet2DModel with its DDPMScheduler in {out}.{notes}\n"
-        f"In Python: DDPMPipeline(UNet2DModel.from_pretrained({out!r}), DDPMScheduler.from_pretrained({out!r}))"
-        f"(num_inference_steps={num_steps})"
+        f"{_in_python(out, inference.network, num_steps)}"
     )
+
+
+def _in_python(out: str, network: UNet, num_steps: int) -> str:
+    """How to draw with diffusers from an exported folder, for a report."""
+    unet, scheduler = f"UNet2DModel.from_pretrained({out!r})", f"DDPMScheduler.from_pretrained({out!r})"
+    if network.num_classes is None:
+        return f"In Python: DDPMPipeline({unet}, {scheduler})(num_inference_steps={num_steps})"
+    height, width, channels = network.image_shape
+    return f"""class_labels are 0..{network.num_classes - 1}; {network.num_classes} is the null class (no condition).
+DDPMPipeline passes no labels to the network. In Python, without it:
+  unet, scheduler = {unet}, {scheduler}
+  x_t, class_labels = torch.randn(1, {channels}, {height}, {width}), torch.tensor([0])
+  scheduler.set_timesteps({num_steps})
+  for t in scheduler.timesteps:
+      with torch.no_grad():
+          x_t = scheduler.step(unet(x_t, t, class_labels).sample, t, x_t).prev_sample"""
 
 
 def _describe_scheduler(config: ConfigDict) -> dict[str, Any]:
@@ -279,7 +295,12 @@ def _sweep(path: str) -> None:
 
 
 def _check_release(config: ConfigDict) -> None:
-    """The release has no setting for the time embedding's base or the groups, and its checkpoints do not hold them."""
+    """The release has no classes and no setting for the time embedding's base or the groups."""
+    if config.network.num_classes:
+        raise InputError(
+            f"The config has network.num_classes={config.network.num_classes}, expected 0: the original release has no "
+            "classes, and its checkpoints have no place for them. Only diffusers' format has."
+        )
     for field, value in (("network.theta", 10000), ("network.num_groups", 32)):
         if (actual := config_lib.get(config, field)) != value:
             raise InputError(
@@ -350,6 +371,13 @@ def _scheduler_report(scheduler: Scheduler | None, config: ConfigDict, is_given:
     return "\n".join(lines) + training
 
 
+# {field: what to do if it disagrees with the file, whose value stands in the braces}.
+_HINTS = {
+    "network.num_classes": "For these weights set --config.network.num_classes={}: the number of rows of the file's table of "
+    "classes, less one for the null class (0: no table)."
+}
+
+
 def _check_agrees(config: ConfigDict, fields: dict[str, Any], origin: str) -> None:
     rows = [
         (field, repr(value), repr(config_lib.get(config, field)))
@@ -358,7 +386,8 @@ def _check_agrees(config: ConfigDict, fields: dict[str, Any], origin: str) -> No
     ]
     if rows:
         table = text.table(rows, header=("field", "file", "config"), right=[1, 2]).replace("\n", "\n  ")
-        raise InputError(f"{origin} and --config disagree:\n  {table}")
+        hints = "".join(f"\n{_HINTS[field].format(value)}" for field, value, _ in rows if field in _HINTS)
+        raise InputError(f"{origin} and --config disagree:\n  {table}{hints}")
 
 
 def _normal(config: ConfigDict, field: str, value: Any) -> Any:
@@ -395,16 +424,21 @@ def _config_of_network(network: UNet) -> dict[str, Any]:
         "network.resamp_with_conv": network.resamp_with_conv,
         "network.theta": network.theta,
         "network.num_groups": network.num_groups,
+        "network.num_classes": network.num_classes or 0,
     }
 
 
 class _Expected(NamedTuple):
-    """What a network should answer: the file of --reference, its x_t [B, H, W, C] and t [B], and the output."""
+    """What a network should answer: the file of --reference, its x_t [B, H, W, C] and t [B], the output, and labels [B].
+
+    labels: None if the file has none.
+    """
 
     path: str
     x_t: np.ndarray
     t: np.ndarray
     output: np.ndarray
+    labels: np.ndarray | None
 
 
 def _read_reference(path: str | None) -> _Expected | None:
@@ -415,14 +449,17 @@ def _read_reference(path: str | None) -> _Expected | None:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 x_t, t, output = (arrays[name] for name in ("x_t", "t", "output"))
-            if x_t.ndim == 4 and t.shape == x_t.shape[:1] and t.dtype.kind in "iu" and x_t.dtype.kind == "f":
-                return _Expected(path, x_t, t, output)
-            problem = f"x_t is {x_t.dtype} {list(x_t.shape)} and t {t.dtype} {list(t.shape)}"
+                labels = arrays["labels"] if "labels" in arrays else None
+            integers = {"t": t} if labels is None else {"t": t, "labels": labels}
+            are_integers = all(a.shape == x_t.shape[:1] and a.dtype.kind in "iu" for a in integers.values())
+            if x_t.ndim == 4 and x_t.dtype.kind == "f" and are_integers:
+                return _Expected(path, x_t, t, output, labels)
+            problem = ", ".join(f"{name} is {a.dtype} {list(a.shape)}" for name, a in {"x_t": x_t, **integers}.items())
         except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as e:
             problem = f"{type(e).__name__}"
     raise InputError(
-        f"--reference={path} cannot be read ({problem}); expected an .npz with x_t (floats [B, H, W, C]), t (integers [B]) "
-        "and output."
+        f"--reference={path} cannot be read ({problem}); expected an .npz with x_t (floats [B, H, W, C]), t (integers [B]), "
+        "output, and for a network with classes labels (integers [B])."
     )
 
 
@@ -435,12 +472,32 @@ def _parity(network: Network, expected: _Expected | None) -> str:
             f"--reference={expected.path}: its x_t has images of {list(expected.x_t.shape[1:])}, the network has "
             f"{list(network.image_shape)}."
         )
-    output = network({"x_t": tf.constant(expected.x_t, tf.float32), "t": tf.constant(expected.t, tf.int32)}).numpy()
+    inputs = {"x_t": tf.constant(expected.x_t, tf.float32), "t": tf.constant(expected.t, tf.int32)}
+    output = network(inputs | _labels(network, expected)).numpy()
     if output.shape != expected.output.shape:
         raise InputError(
             f"--reference={expected.path}: its output is {list(expected.output.shape)}, the network's {list(output.shape)}."
         )
     return f"\nLargest difference to the reference output: {np.abs(output - expected.output).max():.3g}."
+
+
+def _labels(network: Network, expected: _Expected) -> dict[str, tf.Tensor]:
+    """The labels of an expected output, as the network takes them; nothing for a network without classes."""
+    labels, num_classes = expected.labels, network.num_classes
+    if labels is None and num_classes is None:
+        return {}
+    if labels is None:
+        raise InputError(
+            f"--reference={expected.path} has no labels, and the network has {num_classes} classes. Add labels, integers [B] "
+            f"within 0..{num_classes}, with which the output was computed."
+        )
+    if num_classes is None:
+        raise InputError(
+            f"--reference={expected.path} has labels, but the network has no classes. Use the reference of this network, or "
+            "leave its labels out."
+        )
+    checks.integers(f"--reference={expected.path}: its labels", labels, low=0, high=num_classes)
+    return {"labels": tf.constant(labels, tf.int32)}
 
 
 def _next_commands(workdir: str) -> str:

@@ -1,5 +1,6 @@
-"""UNet2DModel folders: a small one made by diffusers itself (tools/diffusers_reference.py), and damaged ones."""
+"""UNet2DModel folders: small ones made by diffusers itself (tools/diffusers_reference.py), and damaged ones."""
 
+import functools
 import json
 import shutil
 import struct
@@ -17,22 +18,33 @@ from ddpm_tf.networks import UNet
 from tests.conftest import DATA, drawn_weight
 
 SMALL = Path(DATA) / "diffusers_small"
+COND = Path(DATA) / "diffusers_cond"  # 5 rows of classes, each in its output.npz
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 KEY = "conv_in.weight"
 OLD_KEYS = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
-def output(network):
-    with np.load(SMALL / "output.npz") as arrays:
-        return network({"x_t": arrays["x_t"], "t": arrays["t"].astype(np.int32)}).numpy(), arrays["output"]
+def output(network, origin=SMALL):
+    with np.load(origin / "output.npz") as arrays:
+        inputs = {key: arrays[key].astype(np.int32) for key in ("t", "labels") if key in arrays}
+        return network({"x_t": arrays["x_t"], **inputs}).numpy(), arrays["output"]
+
+
+def copied(origin, path):
+    path.mkdir()
+    for name in ("config.json", WEIGHTS):
+        shutil.copy(origin / name, path / name)
+    return path
 
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "in").mkdir()
-    for name in ("config.json", WEIGHTS):
-        shutil.copy(SMALL / name, tmp_path / "in" / name)
-    return tmp_path / "in"
+    return copied(SMALL, tmp_path / "in")
+
+
+@pytest.fixture
+def conditional(tmp_path):
+    return copied(COND, tmp_path / "in")
 
 
 def rename_to_old_keys(folder):
@@ -50,16 +62,27 @@ def test_the_output_is_that_of_diffusers():
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
+def test_the_output_for_every_label_is_that_of_diffusers(caplog):
+    network = load_diffusers(COND)
+    ours, theirs = output(network, COND)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    assert network.num_classes == 4 and "label 4, is taken for the null class" in caplog.text
+    with np.load(COND / "output.npz") as arrays:
+        others = {"t": arrays["t"].astype(np.int32), "labels": np.roll(arrays["labels"], 1).astype(np.int32)}
+        changed = network({"x_t": arrays["x_t"], **others}).numpy()
+    assert (np.abs(changed - theirs).max((1, 2, 3)) > 0.1).all()  # the labels matter
+
+
 def test_old_attention_keys_and_a_file_instead_of_a_folder(folder):
     rename_to_old_keys(folder)
     ours, theirs = output(load_diffusers(folder / WEIGHTS))
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-def test_out_and_back_is_the_identity(tmp_path):
-    network = UNet(
-        (8, 16, 1), ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), out_channels=2, dropout=0.1
-    )
+@pytest.mark.parametrize(("num_classes", "ch_mult"), [(None, (1, 2)), (127, (1,))])  # a table of 128 rows is square
+def test_out_and_back_is_the_identity(tmp_path, num_classes, ch_mult):
+    size = {"ch": 32, "ch_mult": ch_mult, "num_res_blocks": 1, "attn_resolutions": (8,)}
+    network = UNet((8, 16, 1), **size, out_channels=2, dropout=0.1, num_classes=num_classes)
     for v in network.variables:
         v.assign(drawn_weight(v.path, v.shape, 0))
     save_diffusers(network, tmp_path / "out")
@@ -192,14 +215,15 @@ def expected_keys(network):
     return {diffusers_name(v.path, len(network.ch_mult)) for v in network.variables}
 
 
-def test_keys_and_config_written_are_those_of_diffusers(tmp_path):
-    save_diffusers(load_diffusers(SMALL), tmp_path / "out")
-    theirs, ours = load_file(SMALL / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
+@pytest.mark.parametrize("origin", [SMALL, COND], ids=["small", "cond"])
+def test_keys_and_config_written_are_those_of_diffusers(tmp_path, origin):
+    save_diffusers(load_diffusers(origin), tmp_path / "out")
+    theirs, ours = load_file(origin / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
     assert theirs.keys() == ours.keys()
     for key, array in theirs.items():
         np.testing.assert_array_equal(array, ours[key], err_msg=key)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    original = json.loads((SMALL / "config.json").read_text())
+    original = json.loads((origin / "config.json").read_text())
     assert {k: v for k, v in config.items() if not k.startswith("_")}.items() <= original.items()
 
 
@@ -231,7 +255,7 @@ def test_a_learned_variance_comes_back(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"num_classes": 3}, "num_classes=3"), ({"block_size": 2, "attn_resolutions": (4,)}, "block_size=2"),
+    [({"block_size": 2, "attn_resolutions": (4,)}, "block_size=2"),
      ({"resamp_with_conv": False}, "resamp_with_conv=False"), ({"theta": 5e3}, "theta=5000.0 cannot .* only theta=10000")],
 )  # fmt: skip
 def test_networks_that_diffusers_has_no_place_for(tmp_path, arguments, message):
@@ -350,6 +374,42 @@ def test_damaged_files_are_refused_and_nothing_is_written(folder, tmp_path, name
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
+made = functools.cache(UNet)  # Keras needs seconds for one
+ROWS = "class_embedding.weight"
+CLASSES = {
+    "no table": (weights(lambda a: a.pop(ROWS)), rf"1 of \d+ names disagree.\n.*{ROWS} +missing in the file"),
+    "a row less": (
+        weights(lambda a: a.update({ROWS: a[ROWS][:4].copy()})), rf"{ROWS} +\[4, 64\] in the file, \[5, 64\] here",
+    ),
+    "a transposed table": (
+        weights(lambda a: a.update({ROWS: a[ROWS].T.copy()})), rf"{ROWS} +\[64, 5\] in the file, \[5, 64\] here",
+    ),
+    "a table without num_class_embeds": (
+        config(num_class_embeds=None), rf"1 of \d+ names disagree.\n.*{ROWS} +\[5, 64\], no such weight here",
+    ),
+    "a NaN in the table": (weights(lambda a: a[ROWS].__setitem__((4, 0), np.nan)), f"{ROWS} has values that are not finite"),
+    "labels as timesteps": (config(class_embed_type="timestep"), "is 'timestep', expected null.*a learned table"),
+    "labels as embeddings": (config(class_embed_type="identity"), "class_embed_type is 'identity', expected null"),
+    "another kind without a number": (config(class_embed_type="identity", num_class_embeds=None), "class_embed_type is 'id"),
+    "one row": (config(num_class_embeds=1), r"num_class_embeds is 1, expected null or an integer within 2\.\..*null class"),
+    "no row": (config(num_class_embeds=0), "num_class_embeds is 0, expected"),
+    "a number of rows that is none": (config(num_class_embeds=True), "num_class_embeds is True, expected"),
+    "a fraction of rows": (config(num_class_embeds=5.0), "num_class_embeds is 5.0, expected"),
+    "rows without end": (config(num_class_embeds=10**400), "num_class_embeds is 1000"),
+    "rows of gigabytes": (config(num_class_embeds=10**5), "of more than [0-9,]+ bytes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_damaged_classes_are_refused_and_nothing_is_written(conditional, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("ddpm_tf.convert.diffusers.UNet", made)
+    damage, message = CLASSES[name]
+    damage(conditional)
+    with pytest.raises(InputError, match=message):
+        experiment.import_diffusers(str(conditional), str(tmp_path / "w"))
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt", ".h5", ".keras", ".pkl"])
 def test_formats_that_can_run_code_are_refused(tmp_path, suffix):
     path = tmp_path / f"model{suffix}"
@@ -390,18 +450,18 @@ def test_the_architecture_of_ddpm_cifar10_32_is_the_papers(tmp_path):
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("shape", ["CIFAR10", "CHURCH"])
+@pytest.mark.parametrize("shape", ["CIFAR10", "CHURCH", "COND"])
 def test_against_diffusers_itself(tmp_path, shape):
     pytest.importorskip("torch", reason="the comparison needs torch, which is not installed")
     diffusers = pytest.importorskip("diffusers", reason="the comparison needs diffusers, which is not installed")
     from tools import diffusers_reference
 
     model = diffusers_reference.make(getattr(diffusers_reference, shape))
-    x_t, t = diffusers_reference.inputs(model.config.sample_size)
-    expected = diffusers_reference.run(model, x_t, t)
+    arrays = diffusers_reference.inputs(model)
+    expected = diffusers_reference.run(model, **arrays)
     model.save_pretrained(tmp_path / "in")
     network = load_diffusers(tmp_path / "in")
-    ours = network({"x_t": x_t, "t": t.astype(np.int32)}).numpy()
+    ours = network({key: a if key == "x_t" else a.astype(np.int32) for key, a in arrays.items()}).numpy()
     print(f"\n{shape}: largest difference {np.abs(ours - expected).max():.3g}")
     np.testing.assert_allclose(ours, expected, atol=1e-4)
     rename_to_old_keys(tmp_path / "in")
@@ -410,4 +470,4 @@ def test_against_diffusers_itself(tmp_path, shape):
     save_diffusers(network, tmp_path / "out")
     back, info = diffusers.UNet2DModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    np.testing.assert_allclose(diffusers_reference.run(back.eval(), x_t, t), expected, atol=1e-4)
+    np.testing.assert_allclose(diffusers_reference.run(back.eval(), **arrays), expected, atol=1e-4)

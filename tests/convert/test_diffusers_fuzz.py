@@ -18,7 +18,7 @@ from ddpm_tf.convert.diffusers_scheduler import read_scheduler
 from ddpm_tf.errors import InputError
 from tests.conftest import DATA
 
-SMALL = Path(DATA) / "diffusers_small"
+SMALL, COND = Path(DATA) / "diffusers_small", Path(DATA) / "diffusers_cond"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CASES = int(os.environ.get("FUZZ_CASES", "1500"))
 SCHEDULER = {
@@ -64,11 +64,13 @@ def damaged_json(r, content):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["config", "scheduler"])
+@pytest.mark.parametrize("kind", ["config", "classes", "scheduler"])
 def test_a_damaged_json_file_is_refused_or_read(tmp_path, kind):
     r, path, refused = random.Random(0), tmp_path / "x.json", 0
-    original = json.loads((SMALL / "config.json").read_text()) if kind == "config" else SCHEDULER
-    read = read_architecture if kind == "config" else read_scheduler
+    original, read = SCHEDULER, read_scheduler
+    if kind != "scheduler":
+        original = json.loads(((SMALL if kind == "config" else COND) / "config.json").read_text())
+        read = read_architecture
     for _ in range(CASES):
         path.write_bytes(damaged_json(r, original))
         try:
@@ -120,13 +122,14 @@ def damaged_weights(r, data):
 
 
 @pytest.mark.slow
-def test_damaged_weights_are_refused_or_read(tmp_path, monkeypatch):
+@pytest.mark.parametrize("origin", [SMALL, COND], ids=["small", "cond"])
+def test_damaged_weights_are_refused_or_read(tmp_path, monkeypatch, origin):
     """The network is made once: Keras needs seconds for it."""
     r, refused = random.Random(1), 0
-    network = diffusers.load_diffusers(SMALL)
+    network = diffusers.load_diffusers(origin)
     monkeypatch.setattr(diffusers, "UNet", lambda **_: network)
-    shutil.copy(SMALL / "config.json", tmp_path / "config.json")
-    data = (SMALL / WEIGHTS).read_bytes()
+    shutil.copy(origin / "config.json", tmp_path / "config.json")
+    data = (origin / WEIGHTS).read_bytes()
     for _ in range(CASES // 3):
         (tmp_path / WEIGHTS).write_bytes(damaged_weights(r, data))
         try:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import stat
+import textwrap
 import types
 
 import numpy as np
@@ -16,7 +17,7 @@ from ddpm_tf import config as config_lib
 from ddpm_tf.errors import InputError, StorageError, WorkdirError
 from ddpm_tf.experiment import conversion
 from ddpm_tf.storage.workdir import read_config, write_workdir
-from tests.conftest import drawn_weight
+from tests.conftest import DATA, drawn_weight
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 EXPRESSIBLE = [
@@ -119,11 +120,13 @@ def test_out_and_back_keeps_the_weights_and_the_networks_settings(tmp_path):
         "train.loss": "hybrid",
         "network.num_groups": 8,
         "network.dropout": 0.1,
+        "network.num_classes": 3,
     }
     config = small_config(**fields)
     make_workdir(tmp_path / "w", config)
     experiment.export_weights(str(tmp_path / "w"), "diffusers", str(tmp_path / "hf"))
-    assert json.loads((tmp_path / "hf" / "config.json").read_text())["norm_num_groups"] == 8
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert [written[key] for key in ("norm_num_groups", "num_class_embeds", "class_embed_type")] == [8, 4, None]
     experiment.import_diffusers(str(tmp_path / "hf"), str(tmp_path / "back"))
     assert fields_of(read_config(str(tmp_path / "back"))) == fields_of(config)
     inference, original = (experiment.load_for_inference(str(tmp_path / name)) for name in ("back", "w"))
@@ -295,6 +298,94 @@ def test_tf1_has_no_place_for_another_number_of_groups(workdir, tmp_path):
     with pytest.raises(InputError, match="network.num_groups=32; the config has 4"):
         experiment.import_tf1(str(tmp_path / "model.ckpt-0"), small_config(), str(tmp_path / "w"))
     assert not list(tmp_path.iterdir())
+
+
+def test_tf1_has_no_place_for_classes(workdir, tmp_path, monkeypatch):
+    config = small_config(**{"network.ch": 64, "network.num_groups": 32, "network.num_classes": 10})
+    message = "network.num_classes=10, expected 0: the original release has no classes"
+    monkeypatch.setattr(conversion, "read_run_config", lambda _: config)
+    with pytest.raises(InputError, match=message):
+        experiment.export_weights(workdir, "tf1", str(tmp_path / "model.ckpt-0"))
+    with pytest.raises(InputError, match=message):
+        experiment.import_tf1(str(tmp_path / "model.ckpt-0"), config, str(tmp_path / "w"))
+    assert not list(tmp_path.iterdir())
+
+
+COND = f"{DATA}/diffusers_cond"
+
+
+@pytest.fixture(scope="module")
+def conditional():
+    return conversion.load_diffusers(COND)
+
+
+@pytest.fixture
+def imported_classes(imported, conditional, monkeypatch, tmp_path):
+    """`imported`, of tests/data/diffusers_cond, with a reference that the real network answers."""
+    monkeypatch.setattr(conversion, "load_diffusers", lambda _: conditional)
+
+    def run(config=None, *, reference=None):
+        workdir = str(tmp_path / "w")
+        return experiment.import_diffusers(COND, workdir, config=config, reference=reference)
+
+    return run
+
+
+def conditional_config(num_classes):
+    size = {"data.channels": 3, "network.ch_mult": (1, 1), "network.attn_resolutions": (4,)}
+    return small_config(**size, **{"network.num_classes": num_classes})
+
+
+def test_an_import_says_which_row_became_the_null_class(imported_classes):
+    for config in (None, conditional_config(4)):
+        report = imported_classes(config, reference=f"{COND}/output.npz")
+        assert "num_class_embeds=5 was read as 4 classes and a null class: the last row of the table, label 4" in report
+        assert "draw with any label within 0..4, but without guidance" in report
+        assert float(report.partition("reference output: ")[2].split("\n")[0].rstrip(".")) < 1e-4
+
+
+def test_the_files_classes_must_be_the_configs(imported_classes, imported, exported, once_exported, monkeypatch):
+    with pytest.raises(InputError, match=r"(?s)disagree.*network.num_classes +4 +5.*--config.network.num_classes=4: "):
+        imported_classes(conditional_config(5))
+    monkeypatch.setattr(conversion, "load_diffusers", lambda _: once_exported[1])
+    with pytest.raises(InputError, match=r"(?s)disagree.*network.num_classes +0 +10.*--config.network.num_classes=0: "):
+        imported(exported[0], small_config(**{"network.num_classes": 10}))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [(None, "has no labels, and the network has 4 classes. Add labels"),
+     (np.array([0, 1, 2, 3, 5]), r"its labels hold 5; expected 0\.\.4"),
+     (np.array([0, 1, 2, 3, -1]), r"its labels hold -1; expected 0\.\.4"),
+     (np.array([0, 1]), r"cannot be read \(.*labels is int64 \[2\]\); expected .* labels \(integers \[B\]\)"),
+     (np.zeros(5), r"labels is float64 \[5\]"),
+     (np.array([{}] * 5, object), "cannot be read")],
+)  # fmt: skip
+def test_a_reference_of_a_conditional_network_needs_labels(imported_classes, tmp_path, labels, message):
+    with np.load(f"{COND}/output.npz") as arrays:
+        changed = {**arrays, "labels": labels}
+    path = tmp_path / "r.npz"
+    np.savez(path, **{key: array for key, array in changed.items() if array is not None})
+    with pytest.raises(InputError, match=f"--reference={path}.*{message}"):
+        imported_classes(reference=str(path))
+
+
+def test_a_reference_with_labels_is_of_another_network_than_one_without_classes(exported, imported, tmp_path):
+    x_t, path = np.zeros((1, 8, 8, 1)), tmp_path / "r.npz"
+    np.savez(path, x_t=x_t, t=np.zeros(1, int), labels=np.zeros(1, int), output=x_t)
+    with pytest.raises(InputError, match=f"--reference={path} has labels, but the network has no classes"):
+        experiment.import_diffusers(str(exported[0]), str(tmp_path / "w"), reference=str(path))
+
+
+def test_an_export_with_classes_says_how_to_give_labels(tmp_path):
+    make_workdir(tmp_path / "w", small_config(**{"network.num_classes": 3}))
+    report = experiment.export_weights(str(tmp_path / "w"), "diffusers", str(tmp_path / "hf"))
+    assert "class_labels are 0..2; 3 is the null class" in report and "DDPMPipeline passes no labels" in report
+    compile(textwrap.dedent(report.partition("without it:\n")[2]), "report", "exec")
+    assert load_file(tmp_path / "hf" / WEIGHTS)["class_embedding.weight"].shape == (4, 64)
+    with pytest.raises(InputError, match="num_classes=3"):
+        experiment.export_weights(str(tmp_path / "w"), "tf1", str(tmp_path / "model.ckpt-0"))
+    assert {p.name for p in tmp_path.iterdir()} == {"w", "hf"}
 
 
 @pytest.fixture(scope="module")
