@@ -23,7 +23,8 @@ _BPD_STEPS = flags.DEFINE_integer(
 )
 _LICENSE = flags.DEFINE_string("license", "", "License of the weights, for the model card.")
 _EMA = flags.DEFINE_bool("ema", True, "Export the moving average of the weights (--noema: the weights).")
-_SETTINGS = app.define_sampling_flags(without=("num_images", "batch_size", "seed"))
+_SETTINGS = app.define_sampling_flags(without=("num_images", "batch_size", "seed", "labels", "guidance"))
+_CLASSIFIER = app.define_classifier_flags(scale=False)
 
 
 def main(_: list[str]) -> None:
@@ -43,6 +44,7 @@ def main(_: list[str]) -> None:
         license=_LICENSE.value,
         ema=_EMA.value,
         settings=_SETTINGS(),
+        **_CLASSIFIER(),
     )
     print(report)
 

@@ -86,6 +86,22 @@ def define_sampling_flags(*, without: Sequence[str] = ()) -> Callable[[], dict[s
     return given
 
 
+def define_classifier_flags(*, scale: bool = True) -> Callable[[], dict[str, Any]]:
+    """--classifier and, unless every request says it, --classifier_scale.
+
+    Returns:
+        A function that returns them as keywords of the jobs in `experiment`.
+    """
+    workdir = flags.ArgumentParser(), flags.ArgumentSerializer(), "classifier", ""
+    defined = [flags.Flag(*workdir, "Workdir of a classifier that guides (configs/digits_classifier.py).")]
+    if scale:
+        weight = flags.FloatParser(), flags.ArgumentSerializer(), "classifier_scale", None
+        defined.append(flags.Flag(*weight, "Weight of the classifier's gradient; default: 1."))
+    for flag in defined:
+        flags.DEFINE_flag(flag, module_name=_SAMPLING)
+    return lambda: {flag.name: flag.value for flag in defined}
+
+
 def run(main: Callable[[list[str]], None]) -> None:
     """Run main(argv) under absl; exit codes as in `errors`."""
     logging.set_verbosity(logging.INFO)

@@ -303,10 +303,20 @@ def check(config: ConfigDict) -> None:
     diffusion = attempt("diffusion", build_diffusion, reads=["diffusion"])
     if diffusion:
         attempt("sample", build_sampler, diffusion, reads=["sample"])
+        attempt("sample", _check_conditions, reads=["sample", "network"])
         attempt("train.loss", _build_loss, diffusion, reads=["train"])
     attempt("network", _check_network, reads=["network", "data"])
     attempt("train.micro_batches", check_batch_size, 1, reads=["data", "train"])
     config_lib.refuse(problems)
+
+
+def _check_conditions(config: ConfigDict) -> None:
+    s = config.sample
+    if not config.network.num_classes and (s.labels != "all" or s.guidance != 1):
+        raise InputError(
+            f"labels={s.labels} and guidance={s.guidance:g} are of a class-conditional network, and network.num_classes is 0. "
+            "Leave sample.labels at all and sample.guidance at 1."
+        )
 
 
 def _build_loss(config: ConfigDict, diffusion: GaussianDiffusion) -> LossFunction:

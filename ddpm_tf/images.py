@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,15 @@ def png_bytes(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def picture(images: np.ndarray) -> np.ndarray:
+def picture(images: np.ndarray, *, columns: int | None = None) -> np.ndarray:
     """uint8 [N, H, W, C] as one uint8 picture for people. Pixels of images below 64 pixels a side are repeated."""
-    return make_grid(images, scale=max(1, -(-64 // min(images.shape[1:3]))))
+    return make_grid(images, columns=columns, scale=max(1, -(-64 // min(images.shape[1:3]))))
+
+
+def gif_bytes(frames: Sequence[np.ndarray], *, milliseconds: int = 80) -> bytes:
+    """uint8 pictures [H, W, C] of one size as an animated GIF that repeats; the last frame stands for two seconds."""
+    pictures = [Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame) for frame in frames]
+    buffer = io.BytesIO()
+    durations = [milliseconds] * (len(pictures) - 1) + [2000]
+    pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    return buffer.getvalue()

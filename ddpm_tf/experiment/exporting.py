@@ -12,9 +12,10 @@ from absl import logging
 from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.diffusion.schedules import space_timesteps
 from ddpm_tf.errors import InputError, unknown_name
-from ddpm_tf.experiment.inference import load_sampler
+from ddpm_tf.experiment.inference import Inference, load_sampler
 from ddpm_tf.paths import check_local, is_literal
 from ddpm_tf.samplers.base import Sampler
+from ddpm_tf.samplers.guidance import is_conditional
 from ddpm_tf.serving import model_card, portable, warmup
 from ddpm_tf.serving.export import save_model
 from ddpm_tf.serving.server_files import check_name, check_server_files, write_server_files
@@ -35,6 +36,7 @@ def export(
     license: str = "",
     ema: bool = True,
     settings: Mapping[str, Any] | None = None,
+    classifier: str = "",
 ) -> str:
     """Write a workdir's newest checkpoint and its sampler as out/<version>/, which appears whole or not at all.
 
@@ -48,6 +50,7 @@ def export(
         license: the weights' license, for the model card.
         ema: the moving average of the weights, else the weights themselves.
         settings: {field: value} of the config's `sample` section, instead of the workdir's.
+        classifier: the workdir of a classifier that guides, for a SavedModel; "": none. A request says how strongly.
 
     Returns:
         a report, as text.
@@ -69,7 +72,7 @@ def export(
     models = os.path.dirname(out)
     if format == SAVED_MODEL:
         check_server_files(models, max_batch)
-    inference, sampler = load_sampler(workdir, ema=ema, settings=settings)
+    inference, sampler = load_sampler(workdir, ema=ema, settings=settings, classifier=classifier)
     bound_diffusion = _bound_diffusion(inference.diffusion, sampler.num_steps if bpd_steps is None else bpd_steps)
     fields = {
         "name": os.path.basename(out),
@@ -78,6 +81,7 @@ def export(
         "license": license or "not stated",
         "weights": "moving average" if ema else "weights",
         "evaluation": _evaluation(workdir),
+        **_classes(inference, classifier),
     }
     with new_version(out, version) as folder:
         if format == SAVED_MODEL:
@@ -97,6 +101,24 @@ def export(
             f"example after cd {shlex.quote(out)} the path {version}."
         )
     return f"{report}\nServe it: cd {shlex.quote(models)} && docker compose --profile cpu up"
+
+
+def _classes(inference: Inference, classifier: str) -> dict[str, Any]:
+    """What the card says of labels and guidance; nothing for an unconditional network."""
+    num_classes = getattr(inference.network, "num_classes", None)
+    if num_classes is None:
+        return {}
+    names = list(inference.class_names)
+    return {
+        "num_classes": num_classes,
+        "class_names": names or None,
+        "label": f"0..{num_classes - 1} are classes; {num_classes} is the null class: no condition",
+        "guidance_scale": "0 unconditional, 1 conditional, above 1 stronger"
+        if is_conditional(inference.network)
+        else None,
+        "classifier": classifier or None,
+        "classifier_scale": "weight of the classifier's gradient; 0: none" if classifier else None,
+    }
 
 
 def _saved_model_fields(

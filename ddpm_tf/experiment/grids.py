@@ -11,6 +11,7 @@ from ddpm_tf import builders, files, images
 from ddpm_tf.callbacks.metrics import Summaries
 from ddpm_tf.data.contract import Source
 from ddpm_tf.errors import InputError
+from ddpm_tf.experiment.conditions import make_conditions
 from ddpm_tf.experiment.generating import generate
 from ddpm_tf.experiment.run import Run
 from ddpm_tf.storage import workdir as workdir_lib
@@ -34,6 +35,9 @@ class Grids:
         with run.strategy.scope():
             raw = model.network if self.is_float32 else make_ema_network(model.network)
         self.networks = {"raw": raw, "ema": model.ema_network}
+        self.conditions = make_conditions(
+            run.config, model.network, run.source.details.class_names, run.config.sample.num_images
+        )
         share = -(-run.config.sample.num_images // run.cluster.size)
         self.part = slice(run.cluster.index * share, (run.cluster.index + 1) * share)
         self._brightness_of_data = functools.cache(lambda: _brightness(run.source))
@@ -45,10 +49,11 @@ class Grids:
         """{network: uint8 [N, H, W, C]}: this worker's part of the images. It does not talk to other workers."""
         s = self.run.config.sample
         logging.info(
-            "Drawing two grids of %d images, %s with %d steps; this takes a while.",
+            "Drawing two grids of %d images, %s with %d steps (%d network evaluations); this takes a while.",
             s.num_images,
             s.sampler,
             self.sampler.num_steps,
+            self.sampler.num_evaluations,
         )
         if not self.is_float32:
             self.networks["raw"].set_weights(self.model.network.get_weights())
@@ -70,6 +75,7 @@ class Grids:
             self.sampler,
             num_images=s.num_images,
             seed=s.seed,
+            **self.conditions.keywords(),
             part=self.part,
             batch_size=s.batch_size,
             strategy=self.run.strategy,
@@ -97,7 +103,7 @@ class Grids:
             )
             self.summaries.scalar(f"pixel_mean_{name}", mean, step)
             self.summaries.scalar(f"pixel_deviation_{name}", deviation, step)
-            grid = images.picture(all_images)
+            grid = images.picture(all_images, columns=self.conditions.columns)
             self.summaries.image(f"samples_{name}", grid, step)
             with files.atomic_file(grid_path(self.run.workdir, step, name), "wb", sync=False) as f:
                 f.write(images.png_bytes(grid))

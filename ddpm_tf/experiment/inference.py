@@ -1,6 +1,6 @@
 """A trained workdir, loaded to draw from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -15,17 +15,22 @@ from ddpm_tf.errors import InputError
 from ddpm_tf.experiment.run import read_run_config
 from ddpm_tf.networks.contract import Network
 from ddpm_tf.samplers.base import Sampler
+from ddpm_tf.samplers.guidance import guided_by
 from ddpm_tf.storage.bundles import assign
-from ddpm_tf.storage.workdir import read_newest
+from ddpm_tf.storage.workdir import read_class_names, read_newest
 
 
 class Inference(NamedTuple):
-    """What a workdir holds for sampling: its config, the network with its weights, the diffusion, and the step."""
+    """What a workdir holds for sampling: its config, the network with its weights, the diffusion, and the step.
+
+    class_names: the name of class k at place k; empty where the data had no names.
+    """
 
     config: ConfigDict
     network: Network
     diffusion: GaussianDiffusion
     step: int
+    class_names: Sequence[str] = ()
 
 
 def load_for_inference(workdir: str, *, ema: bool = True, strategy: tf.distribute.Strategy | None = None) -> Inference:
@@ -51,7 +56,7 @@ def _load(config: ConfigDict, workdir: str, ema: bool, strategy: tf.distribute.S
     group = "ema/" if ema else "network/"
     wanted = {name: tensor for name, tensor in tensors.items() if name.startswith(group)}
     assign({group + v.path: v for v in network.variables}, wanted, f"The checkpoint of step {step}")
-    return Inference(config, network, diffusion, step)
+    return Inference(config, network, diffusion, step, read_class_names(workdir))
 
 
 def with_sampling(config: ConfigDict, settings: Mapping[str, Any]) -> ConfigDict:
@@ -89,10 +94,12 @@ def load_sampler(
     ema: bool = True,
     settings: Mapping[str, Any] | None = None,
     strategy: tf.distribute.Strategy | None = None,
+    classifier: str = "",
 ) -> tuple[Inference, Sampler]:
     """A workdir to draw from, and its sampler.
 
     Args:
+        classifier: the workdir of a classifier by which the network is to be guided; "": none.
         ema, strategy: see `load_for_inference`.
         settings: {field: value} of the config's `sample` section, instead of the workdir's.
 
@@ -101,6 +108,9 @@ def load_sampler(
     """
     config = with_sampling(read_run_config(workdir), settings or {})
     inference = _load(config, workdir, ema, strategy)
+    if classifier:
+        guide = load_classifier(classifier, inference, strategy=strategy)
+        inference = inference._replace(network=guided_by(inference.network, guide))
     s = config.sample
     sampler = builders.build_sampler(config, inference.diffusion)
     if sampler.num_steps != (s.num_steps or sampler.num_steps):
@@ -114,3 +124,20 @@ def load_sampler(
             inference.step,
         )
     return inference, sampler
+
+
+def check_classifier_scale(classifier: str, scale: float | None) -> None:
+    """Refuse a scale that cannot be, or that has no classifier.
+
+    Raises:
+        InputError
+    """
+    if scale is None:
+        return
+    if not classifier:
+        raise InputError(
+            f"--classifier_scale={scale:g} was given without a classifier. Add --classifier=WORKDIR of a run of "
+            "configs/digits_classifier.py, or leave it out."
+        )
+    if not -1e6 <= scale <= 1e6:  # NaN, too
+        raise InputError(f"--classifier_scale must be within -1e6..1e6, found {scale}.")

@@ -12,8 +12,10 @@ from tqdm import tqdm
 from ddpm_tf import __version__, builders
 from ddpm_tf import config as config_lib
 from ddpm_tf.cluster.strategy import configure_devices, make_strategy
-from ddpm_tf.experiment.generating import generate, labels_in_turn
-from ddpm_tf.experiment.inference import Inference, load_sampler
+from ddpm_tf.experiment.conditions import make_conditions
+from ddpm_tf.experiment.editing import Edit
+from ddpm_tf.experiment.generating import generate
+from ddpm_tf.experiment.inference import Inference, check_classifier_scale, load_sampler
 from ddpm_tf.samplers.base import Sampler
 from ddpm_tf.serving.model_card import weights_digest
 from ddpm_tf.storage import workdir as workdir_lib
@@ -27,6 +29,9 @@ def sample_images(
     ema: bool = True,
     png: bool = True,
     settings: Mapping[str, Any] | None = None,
+    classifier: str = "",
+    classifier_scale: float | None = None,
+    edit: Edit = Edit(),  # noqa: B008 - immutable
 ) -> str:
     """Draw images of a workdir into a folder: images/, grid.png and samples.npz.
 
@@ -39,6 +44,9 @@ def sample_images(
         ema: sample with the moving average of the weights, else with the weights themselves.
         png: write images/, one PNG per image.
         settings: {field: value} of the config's `sample` section, instead of the workdir's.
+        classifier: the workdir of a classifier that guides; "": none.
+        classifier_scale: weight of its gradient; None: 1.
+        edit: an image to begin from or to fill in.
 
     Returns:
         The folder.
@@ -50,15 +58,24 @@ def sample_images(
     """
     if out:
         check_out(out)
+    check_classifier_scale(classifier, classifier_scale)
+    settings = edit.settings(dict(settings or {}))
     configure_devices()  # before the strategy is made, which takes the devices as they are
     num_gpus = len(tf.config.list_physical_devices("GPU"))
     strategy, _ = make_strategy("mirrored" if num_gpus > 1 else "default")
-    inference, sampler = load_sampler(workdir, ema=ema, settings=settings, strategy=strategy)
+    inference, sampler = load_sampler(workdir, ema=ema, settings=settings, strategy=strategy, classifier=classifier)
     s, network = inference.config.sample, inference.network
-    record = _record(inference, sampler, ema, png, strategy.num_replicas_in_sync)
+    conditions = make_conditions(
+        inference.config, network, inference.class_names, s.num_images, classifier_scale=classifier_scale
+    )
+    sampler = edit.apply(sampler, tuple(network.image_shape))
+    record = {
+        **_record(inference, sampler, ema, png, strategy.num_replicas_in_sync),
+        **({"classifier_scale": classifier_scale or 1.0} if classifier else {}),
+        **edit.record(),
+    }
     out = out or _new_folder(workdir, inference, sampler, ema, record)
-    logging.info("Sampling %d images with %s, %d steps.", s.num_images, s.sampler, sampler.num_steps)
-    labels = labels_in_turn(network, s.num_images)
+    log_sampler(s.sampler, sampler, s.num_images)
     with open_folder(out, record, network.image_shape) as folder:
         if folder.num_done:
             logging.info("%d of the %d images are in %s already.", folder.num_done, s.num_images, out)
@@ -67,7 +84,7 @@ def sample_images(
             sampler,
             num_images=s.num_images,
             seed=s.seed,
-            labels=labels,
+            **conditions.keywords(),
             batch_size=s.batch_size,
             part=slice(folder.num_done, None),
             strategy=strategy,
@@ -76,8 +93,19 @@ def sample_images(
             for batch in batches:
                 folder.add(batch.seeds, batch.images)
                 bar.update(len(batch.seeds))
-        folder.finish(labels)
+        folder.finish(conditions.labels, columns=conditions.columns)
     return out
+
+
+def log_sampler(name: str, sampler: Sampler, num_images: int) -> None:
+    """Log what is drawn, and at what cost."""
+    logging.info(
+        "Sampling %d images with %s, %d steps, %d network evaluations (NFE) for each image.",
+        num_images,
+        name,
+        sampler.num_steps,
+        sampler.num_evaluations,
+    )
 
 
 def _record(inference: Inference, sampler: Sampler, ema: bool, png: bool, replicas: int) -> dict[str, Any]:

@@ -75,3 +75,50 @@ def _checked_image(name: str, x: Any, network: Network) -> np.ndarray:
             f"{name} must be an image of floats in [-1, 1], found {np.asarray(x).dtype}: scale by x / 127.5 - 1."
         )
     return checks.reals(name, x, low=-10, high=10, shape=network.image_shape).astype(np.float32)
+
+
+def interpolate_latents(
+    network: Network,
+    sampler: Sampler,
+    seeds: Sequence[int],
+    *,
+    lambdas: Sequence[float],
+    labels: Any = None,
+    guidance: Any = None,
+    classifier_scale: Any = None,
+) -> np.ndarray:
+    """Images between those of two seeds, by spherical interpolation of their x_T (DDIM section 5.3, Eq. 67):
+
+        x_T = sin((1 - lambda) theta) / sin(theta) x_T^a + sin(lambda theta) / sin(theta) x_T^b,  theta = angle(x_T^a, x_T^b)
+
+    Args:
+        sampler: one that draws no noise after x_T (ddim with eta 0, dpm_solver, heun with churn 0).
+        seeds: two integers of 64 bits.
+        lambdas: K numbers within 0..1; 0 gives the image of the first seed, 1 of the second.
+        labels, guidance, classifier_scale: as in `sample`, for the K images.
+
+    Returns:
+        float32 [K, H, W, C].
+
+    Raises:
+        InputError: a sampler that draws noise, other than two seeds, a lambda out of range, conditions that do not fit.
+    """
+    if sampler.needs_noise:
+        raise InputError(
+            "Latents are interpolated with a sampler that draws no noise after x_T, such as ddim with eta 0."
+        )
+    weights = checks.reals("lambdas", lambdas, low=0, high=1)
+    ends = checks.integers("seeds", seeds, **checks.INT64, shape=[2])
+    conditions = check_conditions(network, len(weights), labels, guidance, classifier_scale)
+    a, b = sampler.initial_state(tf.constant(ends), tuple(network.image_shape)).numpy().astype(np.float64)
+    cosine = (a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum())
+    theta = np.arccos(np.clip(cosine, -1, 1))
+    weights = weights[:, None, None, None]
+    if np.sin(theta) < 1e-6:  # twice the same latent
+        x_T = np.repeat(a[None], len(weights), axis=0)
+    else:
+        x_T = (np.sin((1 - weights) * theta) * a + np.sin(weights * theta) * b) / np.sin(theta)
+    drawing, moves = compiled(network, sampler, conditions), tf.constant(sampler.plan.num_moves)
+    seeds_of_all = tf.zeros([len(weights)], tf.int64)
+    carry = begin(sampler, tf.constant(x_T, tf.float32))
+    return drawing.advance(carry, seeds_of_all, conditions, moves, tf.constant(0)).x.numpy()

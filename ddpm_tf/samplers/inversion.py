@@ -1,20 +1,27 @@
 """DDIM inversion: from a clean image to the x_T that DDIM turns into it (DDIM section 4.3 and Table 2)."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
+from ddpm_tf import checks
 from ddpm_tf.diffusion.gaussian import extract
 from ddpm_tf.diffusion.process import GaussianDiffusion
+from ddpm_tf.errors import InputError
+from ddpm_tf.networks.contract import Network
 from ddpm_tf.samplers.base import DenoiseFunction, Sampler, StepOutput
+from ddpm_tf.samplers.ddim import DDIMSampler
+from ddpm_tf.samplers.drawing import check_conditions, compiled
+from ddpm_tf.samplers.loop import begin
 from ddpm_tf.samplers.plan import Move, ascending
 
 
 class DDIMInversion(Sampler):
     """x_next = sqrt(abar_next) x_0 + sqrt(1 - abar_next) eps, the ODE of DDIM (its Eq. 14) solved upwards by Euler's method.
 
-    x_0 and eps are those that the network says at x; at the clean image it is asked at the first timestep of the chain.
+    x_0 and eps are those that the network says at x. The clean image has no timestep of its own: there the network is asked at
+    the first timestep of the chain.
     """
 
     needs_noise = False
@@ -32,3 +39,44 @@ class DDIMInversion(Sampler):
         p = denoise(x, tf.maximum(move.start - 1, 0))
         x = extract(self._x_0_scale, i, n) * p.x_0 + extract(self._eps_scale, i, n) * p.eps
         return StepOutput(x, p.x_0, memory)
+
+
+class Encoded(NamedTuple):
+    """x_T: the latents, and images: what they are decoded to; float32 [N, H, W, C]."""
+
+    x_T: np.ndarray
+    images: np.ndarray
+
+
+def encode(
+    network: Network, sampler: Sampler, images: np.ndarray, *, labels: Any = None, guidance: Any = None
+) -> Encoded:
+    """Images to their latents by `DDIMInversion`, and back by the sampler. Both ask the network S times.
+
+    Args:
+        sampler: ddim with eta 0, from `make_sampler`. Clipping is off both ways, since a clipped x_0 cannot be found back.
+        images: float32 [N, H, W, C] in [-1, 1].
+        labels, guidance: as in `sample`.
+
+    Raises:
+        InputError: another sampler, or images of another shape or range.
+    """
+    if not isinstance(sampler, DDIMSampler) or sampler.needs_noise:
+        raise InputError(
+            "Images are encoded by the sampler ddim with eta 0: the others are not the solution of an ODE by DDIM."
+        )
+    images = np.asarray(images)
+    x = checks.reals("The images", images, low=-1, high=1, shape=[len(images), *network.image_shape]).astype(np.float32)
+    conditions = check_conditions(network, len(x), labels, guidance)
+    denoising = sampler.denoising._replace(clip=False, dynamic_threshold=0.0)
+    seeds = tf.zeros([len(x)], tf.int64)  # no noise is drawn
+    states = []
+    for one in (DDIMInversion(sampler.diffusion, denoising=denoising), sampler.varied(denoising=denoising)):
+        moves = tf.constant(one.plan.num_moves)
+        x = (
+            compiled(network, one, conditions)
+            .advance(begin(one, tf.constant(x)), seeds, conditions, moves, tf.constant(0))
+            .x
+        )
+        states.append(x.numpy())
+    return Encoded(*states)

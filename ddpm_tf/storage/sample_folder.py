@@ -128,13 +128,13 @@ class SampleFolder:
         with open(self._part, "ab") as f:
             f.write(np.ascontiguousarray(batch).tobytes())
 
-    def finish(self, labels: np.ndarray | None) -> None:
-        """Write the grid and samples.npz, once all images are there."""
+    def finish(self, labels: np.ndarray | None, *, columns: int | None = None) -> None:
+        """Write the grid, of so many columns, and samples.npz, once all images are there."""
         if is_finished(self._path):
             return
         pixels = np.memmap(self._part, np.uint8, "r", shape=self._shape)
         with files.atomic_file(os.path.join(self._path, _GRID), "wb") as f:
-            f.write(images.png_bytes(images.picture(np.asarray(pixels[:_IN_GRID]))))
+            f.write(images.png_bytes(images.picture(np.asarray(pixels[:_IN_GRID]), columns=columns)))
         del pixels
         with files.atomic_file(os.path.join(self._path, _SAMPLES), "wb") as f:
             _write_npz(f, self._part, self._shape, labels)

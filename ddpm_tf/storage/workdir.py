@@ -42,6 +42,18 @@ def data_path(workdir: str) -> str:
     return os.path.join(workdir, "data.json")
 
 
+def read_class_names(workdir: str) -> list[str]:
+    """The name of class k at place k, of the data that the workdir was trained on; empty where they have no names."""
+    path = data_path(workdir)
+    if not os.path.exists(path):  # of imported weights
+        return []
+    try:
+        with open(path, encoding="utf-8") as f:
+            return [str(name) for name in json.load(f).get("class_names", [])]  # files before 0.3.0 do not have them
+    except (OSError, ValueError, AttributeError, TypeError) as e:
+        raise InputError(f"{path} cannot be read ({e}). Restore it, or remove it.") from e
+
+
 def check_path(workdir: str, flag: str = "--workdir") -> None:
     """Refuse a path that cannot be a workdir's, and one where a file or folder of a run is something else; read nothing.
 

@@ -1,0 +1,119 @@
+"""What a workdir's images are conditioned on: labels by name or number, and how strong the guidance is."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from ddpm_tf import text
+from ddpm_tf.errors import InputError
+from ddpm_tf.networks.contract import Network
+from ddpm_tf.samplers.guidance import ClassifierGuided, is_conditional
+
+_COLUMNS = 64  # classes that a grid has columns for
+
+
+class Conditions(NamedTuple):
+    """The conditions of a number of images, as `generate` takes them.
+
+    labels: int32 [N], None for an unconditional network without a classifier.
+    guidance: weight of classifier-free guidance; None: conditional, at half the cost.
+    classifier_scale: weight of the classifier's gradient; None: there is no classifier.
+    columns: of a grid with a column for every class that is drawn; None: a square grid.
+    """
+
+    labels: np.ndarray | None
+    guidance: float | None
+    classifier_scale: float | None
+    columns: int | None
+
+    def keywords(self) -> dict:
+        """The arguments of `generate`."""
+        return {"labels": self.labels, "guidance": self.guidance, "classifier_scale": self.classifier_scale}
+
+
+def make_conditions(
+    config: ConfigDict,
+    network: Network,
+    class_names: Sequence[str],
+    num_images: int,
+    *,
+    classifier_scale: float | None = None,
+) -> Conditions:
+    """The conditions that the config's `sample` section asks for.
+
+    Args:
+        class_names: the name of class k at place k; empty without names.
+        classifier_scale: for a network `guided_by` a classifier.
+
+    Raises:
+        InputError: labels or guidance that the network does not take, an unknown class.
+    """
+    s = config.sample
+    check_guidance(config, is_conditional=is_conditional(network), has_classifier=isinstance(network, ClassifierGuided))
+    num_classes = getattr(network, "num_classes", None)
+    if num_classes is None:
+        return Conditions(None, None, None, None)
+    cycle = parse_labels(s.labels, num_classes, class_names)
+    guidance = s.guidance if s.guidance != 1 and is_conditional(network) else None
+    labels = np.resize(cycle, num_images)
+    columns = len(cycle) if 1 < len(cycle) <= _COLUMNS else None
+    if guidance is not None:
+        logging.info(
+            "Guidance %g: 0 is unconditional, 1 conditional, above 1 stronger (Ho & Salimans' own w is %g).",
+            guidance,
+            guidance - 1,
+        )
+    return Conditions(labels, guidance, classifier_scale, columns)
+
+
+def check_guidance(config: ConfigDict, *, is_conditional: bool, has_classifier: bool = False) -> None:
+    """Refuse labels and guidance that an unconditional network does not take, and settings of no guidance at all."""
+    s = config.sample
+    if not is_conditional and not has_classifier and s.labels != "all":
+        raise InputError(
+            f"--labels={s.labels} was given, but the network is unconditional (network.num_classes=0). Leave it out, or train "
+            "with classes, as configs/digits_cond.py."
+        )
+    if not is_conditional and s.guidance != 1:
+        raise InputError(
+            f"--guidance={s.guidance:g} was given, but the network is unconditional (network.num_classes=0), so there "
+            "is nothing to be guided to. Leave it out, or train with classes, as configs/digits_cond.py."
+        )
+    if s.guidance == 1 and s.guidance_rescale:
+        raise InputError(
+            f"--guidance_rescale={s.guidance_rescale:g} has no effect with --guidance=1, which is conditional. Leave it out."
+        )
+    if s.guidance == 1 and not has_classifier and (s.guidance_first, s.guidance_last) != (1, 0):
+        raise InputError(
+            f"--guidance_first={s.guidance_first} and --guidance_last={s.guidance_last} have no effect with "
+            "--guidance=1, which is conditional. Leave them out."
+        )
+
+
+def parse_labels(labels: str, num_classes: int, class_names: Sequence[str]) -> np.ndarray:
+    """The classes that are drawn in turn, int32 [K].
+
+    Args:
+        labels: all, or names and numbers with commas. A name comes before a number. num_classes is the null class: none.
+
+    Raises:
+        InputError: a name or number that is no class.
+    """
+    if labels.strip() == "all":
+        return np.arange(num_classes, dtype=np.int32)
+    places = {name: k for k, name in enumerate(class_names)}
+    cycle = []
+    for word in (word.strip() for word in labels.split(",")):
+        is_number = word.isascii() and word.isdigit() and len(word) < 10 and int(word) <= num_classes
+        if word not in places and not is_number:
+            some = ", ".join(map(text.printable, class_names[:20])) + (", ..." if len(class_names) > 20 else "")
+            raise InputError(
+                f"--labels={text.printable(labels)}: {text.printable(word)!r} is no class. Expected all, or numbers within "
+                f"0..{num_classes} with commas ({num_classes} means no class)"
+                + (f", or names: {some}." if some else ".")
+            )
+        cycle.append(places[word] if word in places else int(word))
+    return np.array(cycle, np.int32)
