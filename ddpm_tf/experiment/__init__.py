@@ -3,7 +3,7 @@
 from ddpm_tf.experiment.conversion import export_weights, import_diffusers, import_tf1
 from ddpm_tf.experiment.exporting import export
 from ddpm_tf.experiment.generating import generate
-from ddpm_tf.experiment.inference import Inference, load_for_inference, load_sampler
+from ddpm_tf.experiment.inference import Inference, load_classifier, load_for_inference, load_sampler
 from ddpm_tf.experiment.run import StartOptions
 from ddpm_tf.experiment.sampling import sample_images
 from ddpm_tf.experiment.training import dry_run, train
@@ -17,6 +17,7 @@ __all__ = [
     "generate",
     "import_diffusers",
     "import_tf1",
+    "load_classifier",
     "load_for_inference",
     "load_sampler",
     "sample_images",
