@@ -105,7 +105,9 @@ def one():
     return train()
 
 
-@pytest.mark.parametrize("shared", [{"replicas": 2}, {"micro_batches": 4}], ids=str)
+@pytest.mark.parametrize(
+    "shared", [{"micro_batches": 4}, pytest.param({"replicas": 2}, marks=pytest.mark.slow)], ids=str
+)
 def test_replicas_and_micro_batches_are_the_whole_batch(one, shared):
     """To the rounding of sums in another order, which Adam's first steps amplify."""
     history, weights = train(**shared)
