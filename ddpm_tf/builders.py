@@ -19,7 +19,7 @@ from ddpm_tf.data.folder import BAD
 from ddpm_tf.data.labels import LABELS
 from ddpm_tf.data.picture import ANIMATED, BACKGROUND, CONVERT, SMALL
 from ddpm_tf.data.sources import SOURCES, without_path
-from ddpm_tf.diffusion.losses import LOSS_WEIGHTS, LOSSES, LossFunction, make_loss
+from ddpm_tf.diffusion.losses import LOSS_WEIGHTS, LOSSES, LossFunction
 from ddpm_tf.diffusion.prediction import PREDICTIONS
 from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.diffusion.schedules import BETA_SCHEDULES, TIMESTEP_SPACINGS, Schedule, make_betas
@@ -29,7 +29,9 @@ from ddpm_tf.networks import NETWORKS
 from ddpm_tf.networks.contract import Network
 from ddpm_tf.samplers import SAMPLERS, make_sampler
 from ddpm_tf.samplers.base import Sampler
+from ddpm_tf.training.classifier_objective import objective_of
 from ddpm_tf.training.model import DiffusionModel
+from ddpm_tf.training.objective import CROSS_ENTROPY
 from ddpm_tf.training.optimizers import OPTIMIZERS, make_optimizer
 from ddpm_tf.training.trainer import GRAD_CLIP_MODES
 
@@ -39,7 +41,7 @@ TABLES: dict[str, Table] = {
     "optimizer.name": OPTIMIZERS, "sample.sampler": SAMPLERS, "data.source": SOURCES,
 }  # fmt: skip
 _NAMES = {
-    **TABLES, "diffusion.prediction": PREDICTIONS, "diffusion.variance": VARIANCES, "train.loss": LOSSES,
+    **TABLES, "diffusion.prediction": PREDICTIONS, "diffusion.variance": VARIANCES, "train.loss": (*LOSSES, CROSS_ENTROPY),
     "train.grad_clip_mode": GRAD_CLIP_MODES, "sample.spacing": TIMESTEP_SPACINGS, "data.convert": CONVERT,
     "data.background": BACKGROUND, "data.small": SMALL, "data.animated": ANIMATED, "data.bad": BAD, "data.labels": LABELS,
     "data.range": RANGES, "data.layout": LAYOUTS,
@@ -136,16 +138,18 @@ def build_source(config: ConfigDict, *, download: bool = False, read_only: bool 
         **settings_of(config, "data.source"),
     )
     if config.network.num_classes:
-        _check_labels(config.network.num_classes, source)
+        _check_labels(config, source)
     return source
 
 
-def _check_labels(num_classes: int, source: Source) -> None:
+def _check_labels(config: ConfigDict, source: Source) -> None:
     """Refuse data that a network of so many classes cannot be trained on."""
+    num_classes = config.network.num_classes
     if "label" not in source.read(np.zeros([1], np.int64)):
+        without = "" if is_classifier(config) else "; network.num_classes=0 trains without them"
         raise InputError(
             f"network.num_classes={num_classes} needs labels, and the data have none. docs/data.md says where labels can "
-            "stand; network.num_classes=0 trains without them."
+            f"stand{without}."
         )
     names = list(source.details.class_names)
     found = len(names)
@@ -186,16 +190,23 @@ def build_diffusion(config: ConfigDict) -> GaussianDiffusion:
 def build_network(config: ConfigDict, diffusion: GaussianDiffusion, *, precision: str = "float32") -> Network:
     """The network, with the output channels that the diffusion's variance needs; its weights are always float32."""
     shape, settings = image_shape(config), settings_of(config, "network.name")
+    if not is_classifier(config):
+        settings["out_channels"] = shape[-1] * (2 if diffusion.has_learned_variance else 1)
     if config.network.name not in NETWORKS:
         raise unknown_name("network.name", config.network.name, NETWORKS)
     return NETWORKS[config.network.name].build(
         shape,
-        out_channels=shape[-1] * (2 if diffusion.has_learned_variance else 1),
         num_classes=config.network.num_classes or None,
         **settings,
         seed=config.seed,
         dtype="float32" if precision == "float32" else f"mixed_{precision}",
     )
+
+
+def is_classifier(config: ConfigDict) -> bool:
+    """Whether the config is of a classifier of noisy images, which draws none."""
+    name = config.network.name
+    return name in NETWORKS and getattr(NETWORKS[name].build, "classifies", False)
 
 
 def build_optimizer(config: ConfigDict) -> Any:
@@ -304,7 +315,7 @@ def check(config: ConfigDict) -> None:
     if diffusion:
         attempt("sample", build_sampler, diffusion, reads=["sample"])
         attempt("sample", _check_conditions, reads=["sample", "network"])
-        attempt("train.loss", _build_loss, diffusion, reads=["train"])
+        attempt("train.loss", _build_loss, diffusion, reads=["train", "network"])
     attempt("network", _check_network, reads=["network", "data"])
     attempt("train.micro_batches", check_batch_size, 1, reads=["data", "train"])
     config_lib.refuse(problems)
@@ -320,7 +331,7 @@ def _check_conditions(config: ConfigDict) -> None:
 
 
 def _build_loss(config: ConfigDict, diffusion: GaussianDiffusion) -> LossFunction:
-    t = config.train
+    t, make_loss = config.train, objective_of(NETWORKS[config.network.name].build).make_loss
     return make_loss(t.loss, diffusion, weight=t.loss_weight, **settings_of(config, "train.loss_weight"))
 
 

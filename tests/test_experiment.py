@@ -178,6 +178,7 @@ def test_cifar10_is_the_papers():
         "block_size": 1,
         "remat": False,
         "theta": 10000.0,
+        "num_classes": 0,
         "num_groups": 32,
     }
     assert (config.diffusion.variance, config.train.ema_decay, config.train.num_steps) == (

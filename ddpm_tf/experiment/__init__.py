@@ -4,7 +4,7 @@ from ddpm_tf.experiment.conversion import export_weights, import_diffusers, impo
 from ddpm_tf.experiment.editing import Edit
 from ddpm_tf.experiment.exporting import export
 from ddpm_tf.experiment.generating import generate
-from ddpm_tf.experiment.inference import Inference, load_for_inference, load_sampler
+from ddpm_tf.experiment.inference import Inference, load_classifier, load_for_inference, load_sampler
 from ddpm_tf.experiment.pictures import Show, show_pictures
 from ddpm_tf.experiment.run import StartOptions
 from ddpm_tf.experiment.sampling import sample_images
@@ -21,6 +21,7 @@ __all__ = [
     "generate",
     "import_diffusers",
     "import_tf1",
+    "load_classifier",
     "load_for_inference",
     "load_sampler",
     "sample_images",

@@ -24,13 +24,13 @@ from ddpm_tf.training.model import DiffusionModel
 class RunCallbacks(NamedTuple):
     """all: in the order in which they act after a step; the others are those of them that the run itself needs.
 
-    checkpoints: None on workers that are not the chief.
+    checkpoints: None on workers that are not the chief. grids: None for a classifier, which draws no pictures.
     """
 
     all: list[StepCallback]
     checkpoints: Checkpoints | None
     stop: StopOnSignal
-    grids: SampleGrids
+    grids: SampleGrids | None
 
 
 def make_callbacks(run: Run, model: DiffusionModel, start_step: int) -> RunCallbacks:
@@ -59,19 +59,24 @@ def make_callbacks(run: Run, model: DiffusionModel, start_step: int) -> RunCallb
     skipped = SkippedSteps(
         start_step, folder=os.path.join(run.workdir, "nan_dump") if is_chief else None, replay=make_replay(run, model)
     )
-    pictures = Grids(run, model, summaries)
-    grids = SampleGrids(
+    grids = None if builders.is_classifier(config) else _make_grids(run, model, start_step, summaries, stop)
+    all_of_them = [*writing, skipped, checkpoints, stop, grids]
+    return RunCallbacks([c for c in all_of_them if c is not None], checkpoints, stop, grids)
+
+
+def _make_grids(
+    run: Run, model: DiffusionModel, start_step: int, summaries: Summaries | None, stop: StopOnSignal
+) -> SampleGrids:
+    pictures, cluster = Grids(run, model, summaries), run.cluster
+    return SampleGrids(
         start_step,
-        every=t.sample_every,
-        num_steps=t.num_steps,
+        every=run.config.train.sample_every,
+        num_steps=run.config.train.num_steps,
         draw=pictures.draw,
         show=pictures.show,
         is_drawn=lambda step: bool(cluster.from_chief(pictures.is_drawn(step))),
         stop=stop,
         cluster=cluster,
-    )
-    return RunCallbacks(
-        [*writing, skipped, *([checkpoints] if checkpoints else []), stop, grids], checkpoints, stop, grids
     )
 
 

@@ -31,7 +31,7 @@ from ddpm_tf.convert.tf1 import (
 )
 from ddpm_tf.errors import InputError, StorageError, WorkdirError, storage_advice
 from ddpm_tf.experiment.inference import load_for_inference
-from ddpm_tf.experiment.run import read_run_config
+from ddpm_tf.experiment.run import read_drawing_config
 from ddpm_tf.networks import UNet
 from ddpm_tf.networks.contract import Network
 from ddpm_tf.storage.bundles import assign
@@ -55,6 +55,7 @@ def import_tf1(checkpoint: str, config: ConfigDict, workdir: str, *, reference: 
         InputError: files or settings that do not fit; nothing has been written then.
     """
     config_lib.validate(config)
+    _check_draws(config)
     configure_devices()
     _check_new_workdir(workdir)
     expected = _read_reference(reference)
@@ -109,6 +110,9 @@ def import_diffusers(path: str, workdir: str, *, config: ConfigDict | None = Non
     Raises:
         InputError: files or settings that do not fit; nothing has been written then.
     """
+    if config is not None:
+        config_lib.validate(config)
+        _check_draws(config)
     configure_devices()
     _check_new_workdir(workdir)
     expected = _read_reference(reference)
@@ -164,7 +168,7 @@ def export_weights(workdir: str, to: str, out: str, *, ema: bool = True) -> str:
 
 def _export_diffusers(workdir: str, out: str, ema: bool) -> str:
     files.check_new_folder(out, "--out")
-    config = read_run_config(workdir)
+    config = read_drawing_config(workdir)
     scheduler = _describe_scheduler(config)
     inference = load_for_inference(workdir, ema=ema)
     if not isinstance(inference.network, UNet):
@@ -217,7 +221,7 @@ def _describe_scheduler(config: ConfigDict) -> dict[str, Any]:
 
 def _export_tf1(workdir: str, out: str) -> str:
     check_new_checkpoint(out, "--out")
-    config = read_run_config(workdir)
+    config = read_drawing_config(workdir)
     _check_release(config)
     step, tensors = read_newest(workdir)
 
@@ -292,6 +296,14 @@ def _sweep(path: str) -> None:
             left = os.path.join(parent, each)
             with contextlib.suppress(OSError), files.locked(left):
                 shutil.rmtree(left, ignore_errors=True)
+
+
+def _check_draws(config: ConfigDict) -> None:
+    """Refuse to read other programs' networks, which draw images, into a classifier."""
+    if builders.is_classifier(config):
+        raise InputError(
+            "--config is of a classifier, and what is read is a network that draws images. Give its config."
+        )
 
 
 def _check_release(config: ConfigDict) -> None:

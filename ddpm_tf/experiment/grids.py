@@ -6,6 +6,7 @@ import os
 import numpy as np
 import tensorflow as tf
 from absl import logging
+from ml_collections import ConfigDict
 
 from ddpm_tf import builders, files, images
 from ddpm_tf.callbacks.metrics import Summaries
@@ -23,6 +24,11 @@ _COMPARED = 1024  # images of the data whose brightness is set beside the sample
 
 def grid_path(workdir: str, step: int, name: str = "ema") -> str:
     return os.path.join(workdir_lib.samples_folder(workdir), f"step_{step:012d}_{name}.png")
+
+
+def has_pictures(config: ConfigDict, workdir: str, step: int) -> bool:
+    """Whether the pictures of a step are there, as far as the run draws any: a classifier draws none."""
+    return builders.is_classifier(config) or os.path.exists(grid_path(workdir, step))
 
 
 class Grids:
@@ -43,7 +49,7 @@ class Grids:
         self._brightness_of_data = functools.cache(lambda: _brightness(run.source))
 
     def is_drawn(self, step: int) -> bool:
-        return os.path.exists(grid_path(self.run.workdir, step))
+        return has_pictures(self.run.config, self.run.workdir, step)
 
     def draw(self, step: int) -> dict[str, np.ndarray]:
         """{network: uint8 [N, H, W, C]}: this worker's part of the images. It does not talk to other workers."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 from absl import logging
 from ml_collections import ConfigDict
@@ -12,7 +13,8 @@ from ddpm_tf import config as config_lib
 from ddpm_tf.cluster.strategy import configure_devices
 from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.errors import InputError
-from ddpm_tf.experiment.run import read_run_config
+from ddpm_tf.experiment.run import read_drawing_config, read_run_config
+from ddpm_tf.networks import Classifier
 from ddpm_tf.networks.contract import Network
 from ddpm_tf.samplers.base import Sampler
 from ddpm_tf.samplers.guidance import guided_by
@@ -42,9 +44,9 @@ def load_for_inference(workdir: str, *, ema: bool = True, strategy: tf.distribut
         strategy: where the network's variables are made; None: on one device.
 
     Raises:
-        InputError: no such workdir, no checkpoint in it yet, or one that does not fit its config.
+        InputError: no such workdir, a classifier's, no checkpoint in it yet, or one that does not fit its config.
     """
-    return _load(read_run_config(workdir), workdir, ema, strategy)
+    return _load(read_drawing_config(workdir), workdir, ema, strategy)
 
 
 def _load(config: ConfigDict, workdir: str, ema: bool, strategy: tf.distribute.Strategy | None) -> Inference:
@@ -106,7 +108,7 @@ def load_sampler(
     Raises:
         InputError: as `load_for_inference` and `with_sampling`.
     """
-    config = with_sampling(read_run_config(workdir), settings or {})
+    config = with_sampling(read_drawing_config(workdir), settings or {})
     inference = _load(config, workdir, ema, strategy)
     if classifier:
         guide = load_classifier(classifier, inference, strategy=strategy)
@@ -115,15 +117,69 @@ def load_sampler(
     sampler = builders.build_sampler(config, inference.diffusion)
     if sampler.num_steps != (s.num_steps or sampler.num_steps):
         logging.info("Spacing %s drops repeated timesteps: %d steps are left.", s.spacing, sampler.num_steps)
-    initial = config.train.ema_decay**inference.step
-    if ema and inference.step and initial > 0.05:
+    if ema:
+        _warn_of_young_average(inference, "train longer, or sample with the weights themselves (--noema)")
+    return inference, sampler
+
+
+def load_classifier(
+    workdir: str, inference: Inference, *, strategy: tf.distribute.Strategy | None = None
+) -> Classifier:
+    """The classifier that guides the images of `inference`: the moving average of a workdir's newest checkpoint.
+
+    Args:
+        workdir: --classifier, as written by `train` with network.name=classifier.
+        inference: the network that draws.
+        strategy: as in `load_for_inference`.
+
+    Raises:
+        InputError: no such workdir, no classifier in it, or one of another chain, other images or other classes; no
+            checkpoint in it yet.
+    """
+    config, drawing = read_run_config(workdir, flag="--classifier"), inference.config
+    origin = f"--classifier={workdir}"
+    if not builders.is_classifier(config):
+        raise InputError(
+            f"{origin} holds no classifier (network.name={config.network.name}). Train one: python run_train.py "
+            "--config=configs/digits_classifier.py --workdir=..."
+        )
+    betas, own = (builders.build_diffusion(c).schedule.betas for c in (config, drawing))
+    if betas.shape != own.shape or not np.allclose(betas, own, rtol=1e-6, atol=0):
+        raise InputError(
+            f"{origin} was trained on another chain ({_chain(config)}) than the network that draws ({_chain(drawing)}): its t "
+            "means another amount of noise. Use a classifier of the same chain."
+        )
+    shape, own_shape = builders.image_shape(config), builders.image_shape(drawing)
+    if shape != own_shape:
+        raise InputError(
+            f"{origin} was trained on images of {list(shape)}, and the network draws {list(own_shape)}. Use a classifier of "
+            "the same images."
+        )
+    num_classes = getattr(inference.network, "num_classes", None)
+    if num_classes not in (None, config.network.num_classes):
+        raise InputError(
+            f"{origin} knows {config.network.num_classes} classes, and the network that draws {num_classes}. Use a classifier "
+            "of the same classes."
+        )
+    loaded = _load(config, workdir, True, strategy)
+    assert isinstance(loaded.network, Classifier)
+    _warn_of_young_average(loaded, f"train the classifier in {workdir} longer")
+    return loaded.network
+
+
+def _chain(config: ConfigDict) -> str:
+    return f"{config.diffusion.schedule}, {config.diffusion.num_timesteps} timesteps"
+
+
+def _warn_of_young_average(inference: Inference, advice: str) -> None:
+    initial = inference.config.train.ema_decay**inference.step
+    if inference.step and initial > 0.05:
         logging.warning(
-            "The moving average still holds %.0f %% of the initial weights after %d steps: train longer, or sample with the "
-            "weights themselves (--noema).",
+            "The moving average still holds %.0f %% of the initial weights after %d steps: %s.",
             100 * initial,
             inference.step,
+            advice,
         )
-    return inference, sampler
 
 
 def check_classifier_scale(classifier: str, scale: float | None) -> None:

@@ -1,6 +1,7 @@
 """A run: what one start of training carries, from its config to its data."""
 
 import dataclasses
+import shlex
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -81,3 +82,23 @@ def read_run_config(workdir: str, *, flag: str = "--workdir") -> ConfigDict:
     """
     config = workdir_lib.read_config(workdir, flag=flag)
     return builders.without_foreign_settings(config, workdir_lib.config_path(workdir))
+
+
+def read_drawing_config(workdir: str) -> ConfigDict:
+    """As `read_run_config`, of a workdir whose network draws images.
+
+    Raises:
+        InputError: also of a classifier's workdir.
+    """
+    config = read_run_config(workdir)
+    if builders.is_classifier(config):
+        raise InputError(
+            f"--workdir={workdir} holds a classifier, and a network that draws images is expected. A classifier guides the "
+            f"images of another workdir, trained on the same chain: {classifier_command(workdir)}"
+        )
+    return config
+
+
+def classifier_command(workdir: str) -> str:
+    """The command that draws images which the classifier of this workdir guides."""
+    return f"python run_sample.py --workdir=... --classifier={shlex.quote(workdir)} --classifier_scale=1"

@@ -27,9 +27,9 @@ from ddpm_tf.errors import (
     storage_advice,
 )
 from ddpm_tf.experiment.callbacks import RunCallbacks, make_callbacks
-from ddpm_tf.experiment.grids import grid_path
+from ddpm_tf.experiment.grids import has_pictures
 from ddpm_tf.experiment.resume import check_data, check_workdir, load_initial, move_away, older_values, restore
-from ddpm_tf.experiment.run import Run, StartOptions, read_run_config
+from ddpm_tf.experiment.run import Run, StartOptions, classifier_command, read_run_config
 from ddpm_tf.storage import checkpoint_folder, checkpoints
 from ddpm_tf.storage import workdir as workdir_lib
 from ddpm_tf.storage.fingerprint import code_digest
@@ -71,9 +71,10 @@ def dry_run(config: ConfigDict, strategy: str = "auto") -> str:
     memory = estimate_step_memory(model, size // config.train.micro_batches)
     parts = f", {config.train.micro_batches} parts one after the other" if config.train.micro_batches > 1 else ""
     shape = [config.data.batch_size, *builders.image_shape(config)]
+    output = [network.num_classes] if builders.is_classifier(config) else [*shape[1:-1], network.out_channels]
     report = (
         f"{config_lib.to_json(config)}\n{builders.parameter_table(network)}\n\n"
-        f"x_t {shape} float32, t [{shape[0]}] int32 -> {shape[:-1] + [network.out_channels]} float32\n"
+        f"x_t {shape} float32, t [{shape[0]}] int32 -> {[shape[0], *output]} float32\n"
         f"parameters: {network.count_params():,}\nsteps per epoch: {steps_per_epoch}\n"
         f"steps: {config.train.num_steps:,}\n"
         f"memory, estimated, on {'one device' if replicas == 1 else f'each of {replicas} devices'} with {size} images{parts}: "
@@ -85,7 +86,7 @@ def dry_run(config: ConfigDict, strategy: str = "auto") -> str:
 
 
 def train(config: ConfigDict, workdir: str, options: StartOptions = StartOptions()) -> str:  # noqa: B008 - immutable
-    """Train the run in `workdir`, or resume it; ends with a sample grid.
+    """Train the run in `workdir`, or resume it; ends with a sample grid, unless it is a classifier's.
 
     Args:
         config: a ConfigDict of `config.default()`'s fields.
@@ -120,7 +121,7 @@ def train(config: ConfigDict, workdir: str, options: StartOptions = StartOptions
             )
         else:
             _train(config, workdir, options, strategy, cluster)
-    return _next_commands(workdir) if cluster.is_chief else ""
+    return _next_commands(config, workdir) if cluster.is_chief else ""
 
 
 def _with_older_values(config: ConfigDict, workdir: str, options: StartOptions, cluster: Cluster) -> ConfigDict:
@@ -140,7 +141,7 @@ def _with_older_values(config: ConfigDict, workdir: str, options: StartOptions, 
 def _is_finished(config: ConfigDict, workdir: str, options: StartOptions) -> bool:
     """Refuse a workdir that cannot be used, before anything is built; whether its run is finished.
 
-    Finished means that the last checkpoint is whole and that its grid is drawn.
+    Finished means that the last checkpoint is whole, and that its grid is drawn if the network draws.
     """
     workdir_lib.check_writable(workdir)
     check_workdir(config, workdir, restart=options.restart_from_scratch)
@@ -148,7 +149,7 @@ def _is_finished(config: ConfigDict, workdir: str, options: StartOptions) -> boo
         read_run_config(options.init_from, flag="--init_from")
     folder = workdir_lib.checkpoints_folder(workdir)
     steps = [] if options.restart_from_scratch else checkpoints.list_steps(folder)
-    if not steps or steps[-1] < config.train.num_steps or not os.path.exists(grid_path(workdir, steps[-1])):
+    if not steps or steps[-1] < config.train.num_steps or not has_pictures(config, workdir, steps[-1]):
         return False
     try:
         checkpoint_folder.verify(checkpoints.step_folder(folder, steps[-1]))
@@ -228,6 +229,8 @@ def _fit(run: Run, model: DiffusionModel) -> None:
     start_step, num_steps = int(model.optimizer.iterations.numpy()), config.train.num_steps
     callbacks = make_callbacks(run, model, start_step)
     if start_step >= num_steps:
+        if callbacks.grids is None:  # another training finished the run before this one got the lock
+            return
         logging.info("Step %d of %d: only its pictures are missing.", start_step, num_steps)
         callbacks.grids.set_model(model)
         callbacks.grids.on_train_begin()
@@ -297,7 +300,12 @@ def _fingerprint(config: ConfigDict, strategy: tf.distribute.Strategy, cluster: 
     )
 
 
-def _next_commands(workdir: str) -> str:
+def _next_commands(config: ConfigDict, workdir: str) -> str:
+    if builders.is_classifier(config):
+        return (
+            "Guide the images of a network of the same chain by this classifier, where --workdir is the network's:\n"
+            f"{classifier_command(workdir)}"
+        )
     return (
         f"Pictures: {workdir_lib.samples_folder(workdir)}\n"
         f"Sample more: python run_sample.py --workdir={shlex.quote(workdir)} --num_images=64 --seed=1000"

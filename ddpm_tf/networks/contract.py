@@ -19,6 +19,9 @@ class Network(Protocol):
     image_shape: (H, W, C) of x_t.
     out_channels: channels of the output; C, or 2C with a learned variance.
     num_classes: number of labels of a class-conditional network, or None. Label num_classes is the null class: no condition.
+    classifies: whether the network is a classifier p(y | x_t, t) and not a predictor of images. A network without the
+        attribute is none. A classifier takes neither labels nor out_channels. It has at least two classes and no null class,
+        and its output is their logits.
     self_condition: whether the network takes `x_0`, the clean image that the step before predicted. A network without the
         attribute does not take it.
     """
@@ -45,7 +48,7 @@ class Network(Protocol):
             dropout_seed: int32 [B, 2], one per example; needed when training with dropout. Masks are a function of it.
 
         Returns:
-            float32 [B, H, W, out_channels], whatever the network computes in.
+            float32 [B, H, W, out_channels], of a classifier [B, num_classes], whatever the network computes in.
         """
 
     def get_config(self) -> dict[str, Any]:

@@ -37,8 +37,13 @@ def timestep_embedding(t: tf.Tensor, width: int, theta: float = 10000.0) -> tf.T
 def initializer(seed: int, name: str, scale: float = 1.0) -> keras.initializers.Initializer:
     """Variance scaling, fan_avg, uniform, drawn from (seed, name): the same weights on every machine."""
     return keras.initializers.VarianceScaling(
-        scale=scale, mode="fan_avg", distribution="uniform", seed=zlib.crc32(name.encode()) ^ seed
+        scale=scale, mode="fan_avg", distribution="uniform", seed=weight_seed(seed, name)
     )
+
+
+def weight_seed(seed: int, name: str) -> int:
+    """The seed of one weight's initial value."""
+    return zlib.crc32(name.encode()) ^ seed
 
 
 def swish(x: tf.Tensor) -> tf.Tensor:

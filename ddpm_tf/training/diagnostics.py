@@ -1,5 +1,7 @@
 """What is logged beside loss and gradient norm; each is a function of the step alone, not of a running mean."""
 
+from collections.abc import Sequence
+
 import tensorflow as tf
 
 from ddpm_tf.diffusion import losses
@@ -7,6 +9,7 @@ from ddpm_tf.diffusion.process import GaussianDiffusion
 
 QUARTERS = 4
 QUARTER_LOGS = tuple(f"{name}_q{k + 1}" for name in ("loss", "bound") for k in range(QUARTERS))
+ACCURACY_LOGS = tuple(f"{name}_q{k + 1}" for name in ("loss", "accuracy") for k in range(QUARTERS))
 
 
 def quarter_sums(
@@ -24,14 +27,31 @@ def quarter_sums(
         float32 [3, 4]: of the loss, of the bound's term (bits/dim, x_0 clipped), and the number of examples.
     """
     bound = losses.vb_terms_bpd(diffusion, tf.stop_gradient(output), x_0=x_0, x_t=x_t, t=t, clip=True)
-    is_in = tf.equal((t * QUARTERS // diffusion.num_timesteps)[:, None], tf.range(QUARTERS))  # [B, 4]
-    values = tf.stack([per_example_loss, bound, tf.ones_like(bound)])[:, :, None]  # [3, B, 1]
-    return tf.reduce_sum(tf.where(is_in, values, 0.0), axis=1)
+    return _by_quarter(t, diffusion.num_timesteps, per_example_loss, bound)
 
 
-def quarter_logs(sums: tf.Tensor) -> dict[str, tf.Tensor]:
-    """{loss_q1..4, bound_q1..4: mean}; NaN where no example of the step fell into the quarter."""
-    return dict(zip(QUARTER_LOGS, tf.unstack(tf.reshape(sums[:2] / sums[2], [-1])), strict=True))
+def accuracy_sums(
+    logits: tf.Tensor, per_example_loss: tf.Tensor, *, labels: tf.Tensor, t: tf.Tensor, num_timesteps: int
+) -> tf.Tensor:
+    """As `quarter_sums`, of a classifier: of the loss, of right answers, and the number of examples.
+
+    Args:
+        logits: float32 [B, K]. labels: int32 [B], the right answers.
+    """
+    is_right = tf.equal(tf.argmax(logits, axis=-1, output_type=tf.int32), labels)
+    return _by_quarter(t, num_timesteps, per_example_loss, tf.cast(is_right, tf.float32))
+
+
+def _by_quarter(t: tf.Tensor, num_timesteps: int, *values: tf.Tensor) -> tf.Tensor:
+    """Sums by quarter of the timesteps, of values float32 [B] and of 1: float32 [len(values) + 1, 4]."""
+    is_in = tf.equal((t * QUARTERS // num_timesteps)[:, None], tf.range(QUARTERS))  # [B, 4]
+    stacked = tf.stack([*values, tf.ones_like(values[0])])[:, :, None]  # [len(values) + 1, B, 1]
+    return tf.reduce_sum(tf.where(is_in, stacked, 0.0), axis=1)
+
+
+def quarter_logs(sums: tf.Tensor, names: Sequence[str] = QUARTER_LOGS) -> dict[str, tf.Tensor]:
+    """{loss_q1..4, bound_q1..4: mean}, or other `names`; NaN where no example of the step fell into the quarter."""
+    return dict(zip(names, tf.unstack(tf.reshape(sums[:2] / sums[2], [-1])), strict=True))
 
 
 def weight_rms(variables: list) -> tf.Tensor:

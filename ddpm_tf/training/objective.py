@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from ddpm_tf import checks, rng
-from ddpm_tf.diffusion.losses import make_loss
+from ddpm_tf.diffusion.losses import LOSSES, LossFunction, make_loss
 from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.errors import InputError
 from ddpm_tf.networks.contract import Inputs, Network
 from ddpm_tf.training import diagnostics
+
+CROSS_ENTROPY = "cross_entropy"  # the loss of `ClassifierObjective`
 
 
 class Draws(NamedTuple):
@@ -26,12 +28,16 @@ class Draws(NamedTuple):
 
 
 class Computed(NamedTuple):
-    """What a step computed: losses [B], the network's output [B, H, W, out_channels], and x_t and t it answers to."""
+    """What a step computed: losses [B], the network's output, and x_t and t it answers to.
+
+    labels: int32 [B], what a classifier should have answered; None for other networks.
+    """
 
     losses: tf.Tensor
     output: tf.Tensor
     x_t: tf.Tensor
     t: tf.Tensor
+    labels: tf.Tensor | None = None
 
 
 class Objective:
@@ -51,6 +57,7 @@ class Objective:
     """
 
     LOGS = diagnostics.QUARTER_LOGS
+    HAS_NULL_CLASS = True
     SUMS_SHAPE = (3, diagnostics.QUARTERS)
 
     def __init__(
@@ -69,7 +76,16 @@ class Objective:
         self.network, self.diffusion = network, diffusion
         self.label_dropout = label_dropout if network.num_classes is not None else 0.0
         self.seed = checks.integer("seed", seed, **checks.INT64)
-        self.loss = make_loss(loss, diffusion, weight=loss_weight, **(loss_settings or {}))
+        self.loss = self.make_loss(loss, diffusion, weight=loss_weight, **(loss_settings or {}))
+
+    @staticmethod
+    def make_loss(name: str, diffusion: GaussianDiffusion, *, weight: str = "none", **settings: float) -> LossFunction:
+        """`losses.make_loss`, with a word on the loss that trains only classifiers."""
+        if name == CROSS_ENTROPY:
+            raise InputError(
+                f"Loss {name!r} trains a classifier, and this network predicts images. Use one of {sorted(LOSSES)}."
+            )
+        return make_loss(name, diffusion, weight=weight, **settings)
 
     def draws(self, index: tf.Tensor, step: tf.Tensor) -> Draws:
         """What step `step` draws for the examples at positions `index`, int32 [B], of the global batch."""
@@ -118,7 +134,7 @@ class Objective:
 
     def sums(self, x_0: tf.Tensor, computed: Computed) -> tf.Tensor:
         """Sums over the batch from which `logs` are made, float32 SUMS_SHAPE; sums of parts of a batch may be added."""
-        losses, output, x_t, t = computed
+        losses, output, x_t, t, _ = computed
         return diagnostics.quarter_sums(self.diffusion, output, losses, x_0=x_0, x_t=x_t, t=t)
 
     def logs(self, sums: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -152,17 +168,19 @@ class Objective:
         if num_classes is None:
             return images, None
         if "label" not in batch:
-            raise InputError('A class-conditional network needs batches with "label".')
-        return images, checked_labels(batch["label"], images, num_classes)
+            raise InputError('A class-conditional network or a classifier needs batches with "label".')
+        return images, checked_labels(batch["label"], images, num_classes, has_null_class=self.HAS_NULL_CLASS)
 
 
-def checked_labels(labels: tf.Tensor, images: tf.Tensor, num_classes: int) -> tf.Tensor:
+def checked_labels(labels: tf.Tensor, images: tf.Tensor, num_classes: int, *, has_null_class: bool = True) -> tf.Tensor:
     """int32 [B]; without the check, Keras would take -1 for the null class, and a cast would wrap round."""
     if not labels.dtype.is_integer or not labels.shape.is_compatible_with(images.shape[:1]):
         raise InputError(f"Labels must be integers, one per image, found {labels.dtype.name} {labels.shape}.")
     labels = tf.cast(labels, tf.int64)
-    message = f"Labels must lie within 0..{num_classes}, where {num_classes} means no class."
-    is_good = tf.reduce_all((labels >= 0) & (labels <= num_classes))
+    last = num_classes if has_null_class else num_classes - 1
+    meaning = f", where {num_classes} means no class" if has_null_class else ""
+    message = f"Labels must lie within 0..{last}{meaning}."
+    is_good = tf.reduce_all((labels >= 0) & (labels <= last))
     with tf.control_dependencies([tf.debugging.Assert(is_good, [message, labels])]):
         return tf.cast(labels, tf.int32)
 

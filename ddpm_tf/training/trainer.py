@@ -11,18 +11,19 @@ from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.errors import InputError
 from ddpm_tf.networks.contract import Network
 from ddpm_tf.training import diagnostics
+from ddpm_tf.training.classifier_objective import objective_of
 from ddpm_tf.training.ema import make_ema_network, update_ema
 from ddpm_tf.training.held_out import HeldOut
 from ddpm_tf.training.loss_scale import LossScale
-from ddpm_tf.training.objective import Objective, checked_labels
+from ddpm_tf.training.objective import checked_labels
 from ddpm_tf.training.optimizers import slots_by_name
 from ddpm_tf.training.skipped import SkippedCounts, counter
 from ddpm_tf.training.step_flags import StepFlags
 
 GRAD_CLIP_MODES = ("global", "per_replica")
+# Of every network; those of its objective follow.
 LOGS = (
     "loss", "grad_norm", "grad_norm_clipped", "learning_rate", "weight_norm", "ema_age", "loss_scale", "skipped",
-    *Objective.LOGS,
 )  # fmt: skip
 
 
@@ -33,10 +34,10 @@ class DiffusionModel(keras.Model):
     many replicas share the batch, and a run that is resumed from a checkpoint is the same run.
 
     Args:
-        network: a network as `UNet`.
+        network: a network as `UNet` or `Classifier`.
         diffusion: GaussianDiffusion.
         seed: int64, of the timesteps, the noise and the dropout masks.
-        loss: simple, vlb or hybrid, see `losses`.
+        loss: simple, vlb or hybrid, see `losses`; cross_entropy, and no other, for a classifier.
         loss_weight: weight of the timesteps in the simple loss: none, snr, min_snr or p2.
         loss_settings: {setting: value} of the loss weight, for example {"gamma": 5.0} of min_snr.
         label_dropout: the probability, in [0, 1), that a class-conditional network is given the null class instead of an
@@ -55,7 +56,7 @@ class DiffusionModel(keras.Model):
     replicas of the norm of each one's own.
 
     Attributes:
-        objective: Objective, which computes a batch's loss.
+        objective: Objective, or a classifier's, which computes a batch's loss.
         skipped: SkippedCounts.
         not_finite_at: int64 [replicas], the last step at which a replica's own loss or gradient was not finite; -1: none.
             It is kept where there are several replicas.
@@ -86,7 +87,7 @@ class DiffusionModel(keras.Model):
         micro_batches: int = 1,
     ) -> None:
         super().__init__(name="diffusion_model")
-        self.objective = Objective(
+        self.objective = objective_of(network)(
             network,
             diffusion,
             seed=seed,
@@ -287,7 +288,10 @@ class DiffusionModel(keras.Model):
         )
         logs["skipped"] = tf.cast(self.skipped.total, tf.float32)
         self.loss_scale.update(is_finite)
-        return {name: logs[name] for name in LOGS}
+        return {name: logs[name] for name in self._log_names()}
+
+    def _log_names(self) -> tuple[str, ...]:
+        return (*LOGS, *self.objective.LOGS)
 
     def _gradient_step(self, batch: Any) -> tuple[tuple[tf.Tensor, ...], list[tf.Tensor]]:
         """((loss, norm before and after clipping, sums, packed StepFlags), gradients) of the global batch, the same on every
@@ -412,7 +416,7 @@ class DiffusionModel(keras.Model):
     def make_train_function(self, force: bool = False) -> None:
         """The compiled loop over `steps_per_execution` steps; logs are those of the last step."""
         if getattr(self, "train_function", None) is None or force:
-            self.train_function = self._looped(self.train_step, LOGS)
+            self.train_function = self._looped(self.train_step, self._log_names())
 
     def make_test_function(self, force: bool = False) -> None:
         """As `make_train_function`; the log is the mean over all batches since `reset_metrics`."""

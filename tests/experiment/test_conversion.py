@@ -148,7 +148,7 @@ def test_an_exported_folder_has_ordinary_file_modes(once_exported, tmp_path):
 def test_what_an_export_cannot_say_is_named(workdir, tmp_path, monkeypatch):
     fields = {"sample.sampler": "ddim", "sample.spacing": "quad", "sample.num_steps": 20}
     config = small_config(**fields, **{"diffusion.schedule": "sigmoid", "diffusion.sigmoid_tau": 0.7})
-    monkeypatch.setattr(conversion, "read_run_config", lambda _: config)
+    monkeypatch.setattr(conversion, "read_drawing_config", lambda _: config)
     report = experiment.export_weights(workdir, "diffusers", str(tmp_path / "hf"))
     assert "no place for sample.sampler=ddim, sample.spacing=quad: not written" in report
     assert "its betas are in trained_betas" in report and "num_inference_steps=20" in report
@@ -174,7 +174,7 @@ def test_trained_betas_of_no_default_schedule_need_a_config_with_the_same_betas(
 def test_what_no_ddpm_scheduler_can_say_is_refused_with_the_fields_name(
     workdir, tmp_path, monkeypatch, fields, message
 ):
-    monkeypatch.setattr(conversion, "read_run_config", lambda _: small_config(**fields))
+    monkeypatch.setattr(conversion, "read_drawing_config", lambda _: small_config(**fields))
     with pytest.raises(InputError, match=message):
         experiment.export_weights(workdir, "diffusers", str(tmp_path / "hf"))
     assert not list(tmp_path.iterdir())

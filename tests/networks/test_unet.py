@@ -9,8 +9,8 @@ import tensorflow as tf
 
 from ddpm_tf.errors import InputError
 from ddpm_tf.networks import UNet
+from ddpm_tf.networks.encoder import least_parameters, warn_of_single_channels
 from ddpm_tf.networks.layers import stateless_dropout, timestep_embedding
-from ddpm_tf.networks.unet import _least_parameters, warn_of_single_channels
 from tests.conftest import tf1_name
 
 SMALLEST = {"ch": 32, "ch_mult": (1,), "num_res_blocks": 1, "attn_resolutions": ()}
@@ -186,7 +186,8 @@ def test_an_image_that_this_machine_cannot_hold_is_refused():
 @pytest.mark.parametrize("kwargs", [SMALLEST, TINY, {**TINY, "num_res_blocks": 3, "num_classes": 10}, {"ch": 32}])
 def test_the_least_number_of_parameters_is_below_and_near_the_number(kwargs):
     network = UNet((32, 32, 3), **kwargs | {"attn_resolutions": ()})
-    least = _least_parameters(network.ch, network.ch_mult, network.num_res_blocks, network.num_classes)
+    sizes = (network.ch, network.ch_mult, network.num_res_blocks, network.num_classes)
+    least = least_parameters(*sizes, is_unet=True)
     assert network.count_params() / 5 < least <= network.count_params()
 
 
