@@ -92,11 +92,12 @@ def define_classifier_flags(*, scale: bool = True) -> Callable[[], dict[str, Any
     Returns:
         A function that returns them as keywords of the jobs in `experiment`.
     """
-    workdir = flags.ArgumentParser(), flags.ArgumentSerializer(), "classifier", ""
-    defined = [flags.Flag(*workdir, "Workdir of a classifier that guides (configs/digits_classifier.py).")]
+    text: Any = flags.ArgumentSerializer()
+    help = "Workdir of a classifier that guides (configs/digits_classifier.py)."
+    defined: list[flags.Flag] = [flags.Flag(flags.ArgumentParser(), text, "classifier", "", help)]
     if scale:
-        weight = flags.FloatParser(), flags.ArgumentSerializer(), "classifier_scale", None
-        defined.append(flags.Flag(*weight, "Weight of the classifier's gradient; default: 1."))
+        help = "Weight of the classifier's gradient; default: 1."
+        defined.append(flags.Flag(flags.FloatParser(), text, "classifier_scale", None, help))
     for flag in defined:
         flags.DEFINE_flag(flag, module_name=_SAMPLING)
     return lambda: {flag.name: flag.value for flag in defined}

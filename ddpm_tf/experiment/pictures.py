@@ -203,7 +203,7 @@ def _states(job: _Job) -> tuple[dict[str, bytes], dict[str, np.ndarray], str]:
 def _interpolation(job: _Job) -> tuple[dict[str, bytes], dict[str, np.ndarray], str]:
     """A strip from one seed's image to the other's."""
     network, sampler, seeds = job.inference.network, job.sampler, job.show.seeds()
-    lambdas = np.linspace(0, 1, job.inference.config.sample.num_images)
+    lambdas = np.linspace(0, 1, job.inference.config.sample.num_images).tolist()
     if job.show.interpolate_at is None and not sampler.needs_noise:
         mixed = interpolate_latents(network, sampler, seeds, lambdas=lambdas, **job.of(len(lambdas)))
         how = "spherically between their latents x_T"
@@ -219,14 +219,14 @@ def _interpolation(job: _Job) -> tuple[dict[str, bytes], dict[str, np.ndarray], 
     pictures["strip.gif"] = images.gif_bytes([images.picture(image[None]) for image in shown])
     return (
         pictures,
-        {"images": shown, "lambdas": lambdas},
+        {"images": shown, "lambdas": np.array(lambdas)},
         f"{len(shown)} images between the seeds {seeds[0]} and {seeds[1]}, mixed {how}.",
     )
 
 
 def _encoding(job: _Job) -> tuple[dict[str, bytes], dict[str, np.ndarray], str]:
     """Rows of images, their latents, and what these are decoded to."""
-    originals = _read_images(job.show.encode, tuple(job.inference.network.image_shape))
+    originals = _read_images(job.show.encode, job.inference.network.image_shape)
     conditions = {name: value for name, value in job.of(len(originals)).items() if name != "classifier_scale"}
     encoded = encode(job.inference.network, job.sampler, images.from_uint8(originals.astype(np.float32)), **conditions)
     decoded = images.to_uint8(encoded.images)
@@ -240,7 +240,8 @@ def _encoding(job: _Job) -> tuple[dict[str, bytes], dict[str, np.ndarray], str]:
         arrays,
         (
             f"{len(originals)} images, encoded and decoded in {job.sampler.num_steps} steps each way: mean squared error "
-            f"{error:.2e} with pixels in [0, 1]. encoded.png has the images, their latents x_T (divided by 3), and what they decode to."
+            f"{error:.2e} with pixels in [0, 1]. "
+            "encoded.png has the images, their latents x_T (divided by 3), and what they decode to."
         ),
     )
 
@@ -258,7 +259,7 @@ def _read_images(path: str, image_shape: tuple[int, int, int]) -> np.ndarray:
         ) from e
     if read.dtype != np.uint8 or read.shape[1:] != image_shape or not 1 <= len(read) <= 100_000:
         raise InputError(
-            f"--encode={path} has images {read.dtype} {list(read.shape)}; expected uint8 [N, {', '.join(map(str, image_shape))}]."
+            f"--encode={path} has images {read.dtype} {list(read.shape)}; expected uint8 [N, ...] of {list(image_shape)}."
         )
     return read
 
@@ -272,7 +273,7 @@ def _write(out: str, pictures: Mapping[str, bytes], arrays: Mapping[str, np.ndar
             for name, content in pictures.items():
                 with open(os.path.join(folder, name), "wb") as f:
                     f.write(content)
-            np.savez(os.path.join(folder, "samples.npz"), **arrays)
+            np.savez(os.path.join(folder, "samples.npz"), **arrays)  # type: ignore[arg-type]
             with open(os.path.join(folder, "pictures.json"), "w", encoding="utf-8") as f:
                 json.dump({"report": report}, f, indent=2)
     except OSError as e:

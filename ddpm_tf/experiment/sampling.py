@@ -68,7 +68,7 @@ def sample_images(
     conditions = make_conditions(
         inference.config, network, inference.class_names, s.num_images, classifier_scale=classifier_scale
     )
-    sampler = edit.apply(sampler, tuple(network.image_shape))
+    sampler = edit.apply(sampler, network.image_shape)
     record = {
         **_record(inference, sampler, ema, png, strategy.num_replicas_in_sync),
         **({"classifier_scale": classifier_scale or 1.0} if classifier else {}),

@@ -68,7 +68,7 @@ class ClassifierGuided:
         return getattr(self.network, name)
 
 
-def guided_by(network: Network, classifier: Any) -> ClassifierGuided:
+def guided_by(network: Network, classifier: Any) -> Any:
     """A network that is guided by a classifier, for `sample`, `generate` and the export.
 
     Args:
