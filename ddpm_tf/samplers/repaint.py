@@ -18,7 +18,8 @@ class RePaintSampler(AncestralSampler):
     """Ancestral steps after which the known pixels are replaced by the given image, diffused to the same level.
 
     The chain goes down, and again and again up by `jump_length` levels and down, so that the filled in pixels come to agree
-    with the known ones (Algorithm 1 and section 4.2). A move up diffuses: x_k = sqrt(abar_k / abar_j) x_j + noise.
+    with the known ones (Algorithm 1 and section 4.2). A move up diffuses: x_k = sqrt(abar_k / abar_j) x_j + noise. The result
+    approaches p(unknown | known) as jumps get shorter and resamples more; it is not exact.
 
     Args:
         jump_length: levels of a jump up, at least 1. They start at the levels 1, 1 + jump_length, ..., as in the authors' code.

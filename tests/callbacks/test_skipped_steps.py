@@ -202,7 +202,8 @@ def test_too_many_skipped_steps_end_the_run_with_a_dump_that_reproduces_the_last
     assert dump["step"] == 6 and dump["loss_scale"] == 1
     assert np.isnan(loss) and not all(np.isfinite(g).all() for g in gradients)
     for name, drawn in model.objective.draws(tf.range(len(images)), dump["step"])._asdict().items():
-        np.testing.assert_array_equal(dump[name], drawn)
+        if drawn is not None:  # no label is dropped here
+            np.testing.assert_array_equal(dump[name], drawn)
 
     monkeypatch.undo()  # what made the NaN is repaired: the same command goes on
     experiment.train(config, str(workdir))

@@ -116,7 +116,7 @@ def first_step(replicas):
             draws = model.objective.draws(index, tf.constant(0))
             scale = 1 / context.num_replicas_in_sync
             _, _, gradients = model.loss_and_gradient(batch["image"], None, index, tf.constant(0), tf.constant(scale))
-            return (batch["image"], *draws), context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
+            return (batch["image"], *draws[:3]), context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
 
         batch = next(iter(strategy.experimental_distribute_dataset(dataset)))
         draws, gradients = tf.function(lambda: strategy.run(step, (batch,)))()
