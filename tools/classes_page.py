@@ -3,9 +3,9 @@
   python tools/classes_page.py --conditional=runs/digits_cond --unconditional=runs/digits \
       --classifier=runs/digits_classifier --out=runs/classes [--docs=docs]
 
-Agreement: how many of 2,000 samples a logistic regression, trained on the real digits alone, takes for the class that was asked
-for. The distance is that of tools/digits_quality.py, over all samples and, as a mean, class by class. Each measurement is a line of
-OUT/measurements.jsonl; started again, the command goes on where it was stopped. About ten minutes on 2 cores.
+Agreement: how many of 2,000 samples a logistic regression, trained on the real digits alone, takes for the class that was
+asked for. The distance is that of tools/digits_quality.py, over all samples and, as a mean, class by class. Each measurement is
+a line of OUT/measurements.jsonl; started again, the command goes on where it was stopped. About ten minutes on 2 cores.
 """
 
 import argparse

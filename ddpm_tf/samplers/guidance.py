@@ -112,7 +112,7 @@ def eps_shift(
         interval: see `Denoising`; outside of it the shift is 0.
     """
     t = tf.gather(tf.constant(schedule.timesteps, tf.int32), i)
-    with tf.GradientTape() as tape:
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(x)
         log_p = tf.nn.log_softmax(classifier({"x_t": x, "t": t}, training=False))
         of_label = tf.reduce_sum(log_p * tf.one_hot(labels, log_p.shape[-1]))

@@ -16,18 +16,22 @@ from ddpm_tf.networks.contract import Network
 from ddpm_tf.samplers.base import Sampler
 from ddpm_tf.serving.signatures import make_signatures
 
-# Arithmetic, shapes, loops, checks, PNG encoding and reading weights. Nothing here touches a file, runs Python, or draws
-# random numbers from a state.
+# Arithmetic, gradients, shapes, loops, checks, PNG encoding and reading weights. Nothing here touches a file, runs Python, or
+# draws random numbers from a state.
 OPS = frozenset(
     {
-        "AddV2", "All", "Assert", "AvgPool", "BiasAdd", "Bitcast", "BitwiseAnd", "BitwiseXor", "Cast", "ConcatV2", "Const",
-        "Conv2D", "Cos", "DepthToSpace", "Einsum", "EncodePng", "EnsureShape", "Equal", "Exp", "ExpandDims", "Fill",
-        "GatherV2", "Greater", "GreaterEqual", "Identity", "IsFinite", "Less", "LessEqual", "Log", "LogicalAnd", "MatMul",
-        "Maximum", "Mean", "Minimum", "Mul", "Neg", "NoOp", "Pack", "Pad", "Placeholder", "Pow", "Prod", "Range",
-        "ReadVariableOp", "RealDiv", "Reshape", "RightShift", "Rsqrt", "SelectV2", "Shape", "Sigmoid", "Sin", "Softmax",
-        "SpaceToDepth", "Sqrt", "SquaredDifference", "Squeeze", "StatefulPartitionedCall", "StopGradient", "StridedSlice",
-        "Sub", "Sum", "Tanh", "TensorListReserve", "TensorListSetItem", "TensorListStack", "Tile", "Transpose",
-        "VarHandleOp", "While", "ZerosLike",
+        "Abs", "AddN", "AddV2", "All", "Assert", "AvgPool", "AvgPoolGrad", "BiasAdd", "BiasAddGrad", "Bitcast",
+        "BitwiseAnd", "BitwiseXor", "BroadcastGradientArgs", "BroadcastTo", "Cast", "ConcatOffset", "ConcatV2", "Const",
+        "Conv2D", "Conv2DBackpropFilter", "Conv2DBackpropInput", "Cos", "DepthToSpace", "DynamicStitch", "Einsum",
+        "EncodePng", "EnsureShape", "Equal", "Exp", "ExpandDims", "Fill", "FloorMod", "GatherV2", "Greater", "GreaterEqual",
+        "Identity", "If", "InvertPermutation", "IsFinite", "Less", "LessEqual", "Log", "LogSoftmax", "LogicalAnd", "MatMul",
+        "Maximum", "Mean", "Minimum", "Mul", "Neg", "NoOp", "OneHot", "OnesLike", "Pack", "Pad", "PartitionedCall",
+        "Placeholder", "Pow", "Prod", "Range", "ReadVariableOp", "RealDiv", "Reshape", "RightShift", "Rsqrt", "RsqrtGrad",
+        "SelectV2", "Shape", "ShapeN", "Sigmoid", "SigmoidGrad", "Sin", "Slice", "Softmax", "SpaceToDepth", "Sqrt",
+        "SqrtGrad", "SquaredDifference", "Squeeze", "StatefulPartitionedCall", "StatelessIf", "StatelessWhile",
+        "StopGradient", "StridedSlice", "StridedSliceGrad", "Sub", "Sum", "Tanh", "TanhGrad", "TensorListReserve",
+        "TensorListSetItem", "TensorListStack", "Tile", "TopKV2", "Transpose", "Unpack", "VarHandleOp", "While",
+        "ZerosLike",
     }
 )  # fmt: skip
 # What restores the weights when the model is loaded. The server calls these functions, and no request reaches them.

@@ -29,7 +29,7 @@ def exact(x_T, data, abar_from, abar_to):
     def cdf(x, abar):
         return weights @ norm.cdf((x - np.sqrt(abar) * means) / np.sqrt(abar * deviations**2 + 1 - abar))
 
-    return np.array([brentq(lambda y: cdf(y, abar_to) - cdf(x, abar_from), -9, 9, xtol=1e-13) for x in x_T])
+    return np.array([brentq(lambda y, x=x: cdf(y, abar_to) - cdf(x, abar_from), -9, 9, xtol=1e-13) for x in x_T])
 
 
 @pytest.mark.parametrize("data", [GAUSSIAN, MIXTURE], ids=["gaussian", "mixture"])

@@ -6,11 +6,13 @@ import tensorflow as tf
 
 from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.diffusion.schedules import TIMESTEP_SPACINGS, Schedule, make_betas
-from ddpm_tf.samplers import SAMPLERS, make_sampler, sample
+from ddpm_tf.errors import InputError
+from ddpm_tf.samplers import SAMPLERS, guided_by, make_sampler, sample
 from ddpm_tf.samplers.base import initial_noise
 from ddpm_tf.samplers.denoiser import make_denoiser
 from ddpm_tf.samplers.drawing import advance, first_carry
 from ddpm_tf.samplers.loop import begin, make_move, run_loop
+from ddpm_tf.serving.export import check_ops
 from tests.conftest import run_chain
 
 T = 60
@@ -28,10 +30,20 @@ VARIANTS = [(name, {}) for name in SAMPLERS] + [
 class Conditional:
     """eps = 0.8 x_t + 0.1 label."""
 
-    image_shape, out_channels, num_classes = SHAPE, 2, 3
+    image_shape, out_channels, num_classes, variables = SHAPE, 2, 3, ()
 
     def __call__(self, inputs, training=False):
         return 0.8 * inputs["x_t"] + 0.1 * tf.cast(inputs["labels"], tf.float32)[:, None, None, None]
+
+
+class Classifier:
+    """Likes bright images for label 0, and dark ones for 1."""
+
+    image_shape, num_classes, variables = SHAPE, 3, ()
+
+    def __call__(self, inputs, training=False):
+        mean = tf.reduce_mean(inputs["x_t"], axis=[1, 2, 3])
+        return tf.stack([mean, -mean, 0.1 * mean**2], axis=1)
 
 
 class SelfConditioned:
@@ -101,6 +113,59 @@ def test_an_image_is_its_seeds_and_labels_in_any_batch_and_any_mode(variant):
     args = tf.constant(seeds), tf.constant(labels, tf.int32), tf.constant(guidance, tf.float32)
     for run in (draw, tf.function(draw), tf.function(draw, jit_compile=True)):
         np.testing.assert_allclose(run(*args), batch, atol=1e-5)
+
+
+def test_an_export_draws_the_same_images_with_allowed_ops_alone(variant, tmp_path):
+    """Also guided by a classifier, whose gradient is in the export."""
+    sampler = variant(num_steps=4)
+    network = guided_by(Conditional(), Classifier())
+    conditions = {
+        "labels": tf.TensorSpec([None], tf.int32),
+        "guidance": tf.TensorSpec([None]),
+        "classifier_scale": tf.TensorSpec([None]),
+    }
+
+    def draw(seeds, conditions):
+        return {"x": advance(network, sampler, first_carry(network, sampler, seeds), seeds, conditions).x}
+
+    module = tf.Module()
+    module.draw = tf.function(draw, input_signature=[tf.TensorSpec([None], tf.int64), conditions], autograph=False)
+    tf.saved_model.save(module, str(tmp_path), options=tf.saved_model.SaveOptions(experimental_custom_gradients=False))
+    check_ops(str(tmp_path))
+    given = {"labels": [0, 1, 3], "guidance": [0.0, 1.0, 2.5], "classifier_scale": [0.0, 1.0, 2.0]}
+    tensors = {name: tf.constant(value, conditions[name].dtype) for name, value in given.items()}
+    loaded = tf.saved_model.load(str(tmp_path)).draw(tf.constant([7, 8, 9], tf.int64), tensors)["x"]
+    np.testing.assert_allclose(loaded, sample(network, sampler, [7, 8, 9], **given).images, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["v", "x_0"])
+def test_it_draws_from_a_chain_that_ends_without_signal(prediction):
+    """Data at one point: v and x_0 are known, and every sampler ends there."""
+    schedule = Schedule(make_betas("linear_zero_snr", T))
+    diffusion = GaussianDiffusion(schedule, prediction=prediction)
+    assert schedule.alphas_cumprod[-1] == 0
+    root, noise = (tf.constant(np.sqrt(v), tf.float32) for v in (schedule.alphas_cumprod, 1 - schedule.alphas_cumprod))
+
+    class Point:
+        image_shape, out_channels, num_classes, variables = SHAPE, 2, None, ()
+
+        def __call__(self, inputs, training=False):
+            if prediction == "x_0":
+                return tf.fill(tf.shape(inputs["x_t"]), 0.3)
+            a, s = (tf.gather(v, inputs["t"])[:, None, None, None] for v in (root, noise))
+            eps = (inputs["x_t"] - a * 0.3) / s
+            return a * eps - s * 0.3
+
+    for name, settings in VARIANTS:
+        for spacing in ("trailing", "karras") if prediction == "v" else ("logsnr",):
+            sampler = make_sampler(name, diffusion, num_steps=5, spacing=spacing, **settings)
+            np.testing.assert_allclose(
+                sample(Point(), sampler, [1, 2]).images, 0.3, atol=1e-4, err_msg=f"{name} {spacing}"
+            )
+    with pytest.raises(InputError, match="prediction 'eps' cannot recover x_0 there"):
+        GaussianDiffusion(schedule)
+    with pytest.raises(InputError, match="A classifier cannot guide a chain that ends at alphas_cumprod = 0"):
+        make_denoiser(guided_by(Point(), Classifier()), diffusion)
 
 
 def test_pieces_are_the_whole_and_hand_x_0_on(variant):
