@@ -61,9 +61,11 @@ class Sampler:
         origin: float32 [H, W, C], an image that is diffused to where the plan begins; None: x_T ~ N(0, I).
         plan: the moves that the sampler makes. Each asks the network once, but for those that only add noise.
         needs_noise: whether `step` uses its noise. A sampler that does not use it is a function of x_T.
+        moves_together: whether all images of a batch must make the same move.
     """
 
     needs_noise = True
+    moves_together = False
 
     def __init__(self, diffusion: GaussianDiffusion, *, denoising: Denoising = Denoising()) -> None:  # noqa: B008 - immutable
         self.diffusion, self.denoising = diffusion, denoising

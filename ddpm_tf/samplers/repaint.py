@@ -29,6 +29,8 @@ class RePaintSampler(AncestralSampler):
         InputError: numbers out of range.
     """
 
+    moves_together = True
+
     def __init__(
         self, diffusion: GaussianDiffusion, *, jump_length: int = 10, num_resamples: int = 10, **denoising: Any
     ) -> None:
@@ -69,7 +71,6 @@ class RePaintSampler(AncestralSampler):
         self, denoise: DenoiseFunction, x: tf.Tensor, move: Move, noise: tf.Tensor | None, memory: Any
     ) -> StepOutput:
         n = len(x.shape)
-        # All images of a batch make the same move.
         x, x_0 = tf.cond(
             move.end[0] < move.start[0],
             lambda: super(RePaintSampler, self).step(denoise, x, move, noise, ())[:2],

@@ -54,7 +54,14 @@ def make_signatures(
         bound_diffusion: the GaussianDiffusion, as `respace` makes it, whose variational bound is `bits_per_dim`: that of the
             model which draws an image in the steps of this chain alone.
         max_batch: the most images of one request.
+
+    Raises:
+        InputError: a sampler whose images must all make the same move.
     """
+    if sampler.moves_together:
+        raise InputError(
+            "The sampler repaint cannot be exported: it fills in a picture, and a request has no place for one."
+        )
     limits = Limits(max_batch, sampler.plan.num_moves, getattr(network, "num_classes", None) or 0)
     table = _table(network, sampler, bound_diffusion)
     return {name: _checked(signature, limits) for name, signature in table.items()}

@@ -19,7 +19,13 @@ from tests.serving.c_api import CSession
 
 ROOT = Path(__file__).parent.parent.parent
 MAX_BATCH = 16
-SAMPLERS = {"ddim": ("ddim", 0.0), "ddpm": ("ddpm", 0.0), "noisy_ddim": ("ddim", 0.5)}
+SAMPLERS = {
+    "ddim": ("ddim", {}),
+    "ddpm": ("ddpm", {}),
+    "noisy_ddim": ("ddim", {"eta": 0.5}),
+    "dpm_solver": ("dpm_solver", {}),
+    "heun": ("heun", {}),
+}
 
 
 @pytest.fixture(scope="session")
@@ -43,9 +49,10 @@ def inference(workdir):
 
 @pytest.fixture(scope="session")
 def samplers(inference):
-    """By name, of 4 steps: ddim is a function of x_T, the others are not."""
+    """By name, of 4 steps: ddpm and noisy_ddim draw noise after x_T, and dpm_solver and heun have a memory."""
     return {
-        name: make_sampler(kind, inference.diffusion, num_steps=4, eta=eta) for name, (kind, eta) in SAMPLERS.items()
+        name: make_sampler(kind, inference.diffusion, num_steps=4, **settings)
+        for name, (kind, settings) in SAMPLERS.items()
     }
 
 

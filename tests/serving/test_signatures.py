@@ -31,12 +31,19 @@ def floats(*names):
 
 def test_signatures_are_what_the_sampler_allows(served):
     sampler, session = served
+    memory = {
+        f"memory_{k}": (np.float32, (None, *part.shape[1:]))
+        for k, part in enumerate(tf.nest.flatten(sampler.init_memory(tf.zeros([1, 8, 8, 1]))))
+    }
     expected = {
         "sample": (SEED, IMAGES),
         "serving_default": (SEED, IMAGES),
         "sample_png": (SEED, {"image_bytes": (object, (None,))}),
         "initial_noise": (SEED, floats("x_T")),
-        "denoise_step": (SEED | floats("x_t") | {"step": (np.int32, (None,))}, floats("x_prev", "x_0")),
+        "denoise_step": (
+            SEED | floats("x_t") | {"step": (np.int32, (None,))} | memory,
+            floats("x_prev", "x_0") | memory,
+        ),
         "bits_per_dim": (SEED | IMAGES, {"total_bpd": (np.float32, (None,))}),
     }
     if not sampler.needs_noise:
@@ -46,6 +53,18 @@ def test_signatures_are_what_the_sampler_allows(served):
         for name, signature in session.signatures.items()
     }
     assert found == expected
+
+
+def no_memory(sampler, count):
+    """What the first step is sent as its memory."""
+    parts = tf.nest.flatten(sampler.init_memory(tf.zeros([count, 8, 8, 1])))
+    return {f"memory_{k}": part.numpy() for k, part in enumerate(parts)}
+
+
+def test_a_sampler_that_fills_in_a_picture_is_not_exported(inference):
+    sampler = make_sampler("repaint", inference.diffusion, num_steps=2)
+    with pytest.raises(InputError, match="repaint cannot be exported"):
+        make_signatures(inference.network, sampler, sampler.diffusion, max_batch=4)
 
 
 def test_samples_are_those_of_python_and_pngs_are_the_samples(served, inference):
@@ -61,9 +80,10 @@ def test_samples_are_those_of_python_and_pngs_are_the_samples(served, inference)
 def test_a_client_that_calls_every_step_gets_the_sample(served, inference):
     sampler, session = served
     x = session.run("initial_noise", {"seed": SEEDS})["x_T"]
-    for i in reversed(range(sampler.num_steps)):
-        out = session.run("denoise_step", {"x_t": x, "step": np.full(9, i, np.int32), "seed": SEEDS})
-        x = out["x_prev"]
+    memory = no_memory(sampler, 9)
+    for i in reversed(range(sampler.plan.num_moves)):
+        out = session.run("denoise_step", {"x_t": x, "step": np.full(9, i, np.int32), "seed": SEEDS, **memory})
+        x, memory = out["x_prev"], {name: out[name] for name in memory}
     np.testing.assert_allclose(x, sample(inference.network, sampler, SEEDS).images, rtol=0, atol=1e-4)
     np.testing.assert_allclose(x, out["x_0"], rtol=0, atol=1e-4)  # the last step ends at its x_0
     assert grey_levels(to_uint8(x), session.run("sample", {"seed": SEEDS})["images"]) <= 1
@@ -73,9 +93,11 @@ def test_the_steps_of_one_request_are_each_images_own(served):
     sampler, session = served
     x = session.run("initial_noise", {"seed": SEEDS[:4]})["x_T"]
     steps = np.arange(4, dtype=np.int32)
-    together = session.run("denoise_step", {"x_t": x, "step": steps, "seed": SEEDS[:4]})["x_prev"]
+    together = session.run("denoise_step", {"x_t": x, "step": steps, "seed": SEEDS[:4], **no_memory(sampler, 4)})[
+        "x_prev"
+    ]
     for k in range(4):
-        one = {"x_t": x[k : k + 1], "step": steps[k : k + 1], "seed": SEEDS[k : k + 1]}
+        one = {"x_t": x[k : k + 1], "step": steps[k : k + 1], "seed": SEEDS[k : k + 1], **no_memory(sampler, 1)}
         np.testing.assert_allclose(session.run("denoise_step", one)["x_prev"][0], together[k], rtol=0, atol=1e-5)
     assert np.abs(together[0] - together[3]).max() > 0.1
 
