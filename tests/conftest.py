@@ -159,6 +159,7 @@ def tiny_config(num_steps=4):
     config.train.checkpoint_every = 2
     config.train.sample_every = 0
     config.train.jit_compile = "off"
+    config.sample.sampler, config.sample.spacing = "ddim", "uniform"
     config.sample.num_steps = 2
     config.sample.num_images = 5
     return config

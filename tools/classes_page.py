@@ -1,6 +1,6 @@
 """Measure class-conditional digits against the scale of guidance, and write docs/classes_curves.md and its plot.
 
-  python tools/classes_page.py --conditional=runs/digits_cond --unconditional=runs/digits \
+  python -m tools.classes_page --conditional=runs/digits_cond --unconditional=runs/digits \
       --classifier=runs/digits_classifier --out=runs/classes [--docs=docs]
 
 Agreement: how many of 2,000 samples a logistic regression, trained on the real digits alone, takes for the class that was

@@ -1,6 +1,6 @@
 """Measure every sampler on a trained digits model, and write docs/samplers.md and its plot.
 
-  python tools/samplers_page.py --workdir=runs/digits --out=runs/samplers [--docs=docs]
+  python -m tools.samplers_page --workdir=runs/digits --out=runs/samplers [--docs=docs]
 
 Each measurement is a line of OUT/measurements.jsonl. Started again, the command goes on where it was stopped; it takes about an
 hour on 2 cores. The distance is the Frechet distance between 2,048 samples and all 1,797 real digits, in the 48 features of
@@ -11,13 +11,15 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 COUNT, BATCH = 2048, 256
+RESULTS = ("evaluations", "distance")
 SEEDS = (0, 1_000_000, 2_000_000)  # of the first image
 EVALUATIONS = (5, 10, 20, 50, 100)
+ENCODING_STEPS = (10, 20, 50, 100, 200)
 # (sampler, spacing, its settings); heun asks the network 2 S - 1 times
 CURVES = (
     ("dpm_solver", "trailing", {}),
@@ -29,7 +31,6 @@ CURVES = (
     ("heun", "karras", {}),
     ("heun", "trailing", {}),
     ("ddim", "uniform", {"eta": 1.0}),
-    ("ddim", "uniform", {"sigma_hat": True}),
     ("ddpm", "trailing", {}),
     ("ddpm", "uniform", {}),
 )
@@ -67,27 +68,21 @@ def measure(workdir: str, path: str) -> None:
     for entry in missing:
         settings = {name: value for name, value in entry.items() if name not in ("sampler", "seed")}
         sampler = make_sampler(entry["sampler"], inference.diffusion, **settings)
-        batches, seconds = [], []
-        start = time.monotonic()
-        for batch in experiment.generate(
-            inference.network, sampler, num_images=COUNT, seed=entry["seed"], batch_size=BATCH
-        ):
-            batches.append(batch.images)
-            seconds.append(time.monotonic() - start)
-            start = time.monotonic()
+        batches = [
+            batch.images
+            for batch in experiment.generate(
+                inference.network, sampler, num_images=COUNT, seed=entry["seed"], batch_size=BATCH
+            )
+        ]
         distance = frechet_distance(*moments(judge.features(np.concatenate(batches))), *of_real)
         row = {
             **entry,
             "evaluations": sampler.num_evaluations,
             "distance": distance,
-            "seconds": float(np.median(seconds[1:]) * len(seconds)),  # the first batch also compiles
         }
         with open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
         print(row, flush=True)
-
-
-RESULTS = ("evaluations", "distance", "seconds")
 
 
 def rows(path: str) -> list[dict]:
@@ -96,6 +91,163 @@ def rows(path: str) -> list[dict]:
         return []
     with open(path, encoding="utf-8") as f:
         return [json.loads(line) for line in f if line.endswith("\n")]
+
+
+def name_of(row: dict) -> str:
+    """The name of the curve that a measurement belongs to."""
+    settings = "".join(f", {key} {row[key]:g}" for key in ("eta",) if key in row)
+    return f"{row['sampler']}, {row['spacing']}{settings}"
+
+
+def timing(workdir: str) -> str:
+    """A table of the seconds that one evaluation of 2,048 images takes; the samplers take turns, since machines are shared."""
+    from ddpm_tf import experiment
+    from ddpm_tf.samplers import make_sampler
+
+    inference, seconds = experiment.load_for_inference(workdir), dict[str, list[float]]()
+    samplers = {
+        name: make_sampler(name, inference.diffusion, num_steps=6 if name == "heun" else 11, spacing="trailing")
+        for name in ("ddpm", "ddim", "dpm_solver", "heun")
+    }
+    for turn in range(4):
+        for name, sampler in samplers.items():
+            start = time.monotonic()
+            for _ in experiment.generate(inference.network, sampler, num_images=COUNT, batch_size=BATCH):
+                pass
+            if turn:  # the first also compiles
+                seconds.setdefault(name, []).append((time.monotonic() - start) / sampler.num_evaluations)
+    lines = ["| sampler | seconds | of ddim's |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {np.median(v):.3f} | {np.median(v) / np.median(seconds['ddim']):.2f} |"
+        for name, v in seconds.items()
+    ]
+    return "\n".join(lines)
+
+
+def cells(measured: list[dict], key: str, form: Callable[[list[float]], str]) -> list[str]:
+    """A table of a result: a row for every curve, a column for every number of evaluations."""
+    columns = [*EVALUATIONS, *(steps for *_, steps in LONG)]
+    lines = [
+        "| sampler, spacing | " + " | ".join(map(str, columns)) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for curve in dict.fromkeys(map(name_of, measured)):
+        values = [[row[key] for row in measured if name_of(row) == curve and near(row, n)] for n in columns]
+        lines.append(f"| {curve} | " + " | ".join(form(v) if v else "" for v in values) + " |")
+    return lines
+
+
+def near(row: dict, evaluations: int) -> bool:
+    """Whether a measurement belongs to a column; heun cannot ask the network an even number of times."""
+    return row["evaluations"] in (evaluations, evaluations - (row["sampler"] == "heun"))
+
+
+def plot(measured: list[dict], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for curve in dict.fromkeys(map(name_of, measured)):
+        points: dict[int, list[float]] = {}
+        for row in measured:
+            if name_of(row) == curve:
+                points.setdefault(row["evaluations"], []).append(row["distance"])
+        x = sorted(points)
+        axes.plot(x, [np.mean(points[n]) for n in x], marker="o", label=curve)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="network evaluations for an image",
+        ylabel="Frechet distance to the real digits",
+    )
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def floor() -> str:
+    """What real digits have as their distance to real digits."""
+    from ddpm_tf.data.sources import load_digits
+    from ddpm_tf.evaluation.distances import frechet_distance, moments
+    from ddpm_tf.evaluation.features import DigitJudge
+
+    real, labels = (tensor.numpy() for tensor in load_digits().tensors.values())
+    features = DigitJudge(real, labels).features(real)
+    order = np.random.Generator(np.random.PCG64(0)).permutation(len(real))
+    half = len(real) // 2
+    halves = frechet_distance(*moments(features[order[:half]]), *moments(features[order[half:]]))
+    part = frechet_distance(*moments(features[order[:1024]]), *moments(features))
+    return f"For scale: 1,024 real digits are at {part:.3f} from all of them, and two halves at {halves:.3f} from each other."
+
+
+def encoding(workdir: str, docs: str) -> str:
+    """A table of the error of DDIM's way up and down by its steps, for 100 real digits; writes encoding.png."""
+    from ddpm_tf import experiment, images
+    from ddpm_tf.samplers import make_sampler
+    from ddpm_tf.samplers.inversion import encode
+
+    inference, digits = experiment.load_for_inference(workdir), real_digits(100)
+    x = images.from_uint8(digits.astype(np.float32))
+    lines = ["| S | mean squared error |", "|---|---|"]
+    for num_steps in ENCODING_STEPS:
+        encoded = encode(inference.network, make_sampler("ddim", inference.diffusion, num_steps=num_steps), x)
+        error = np.mean(((np.clip(encoded.images, -1, 1) - x) / 2) ** 2)
+        lines.append(f"| {num_steps} | {error:.1e} |")
+        if num_steps == 100:
+            shown = [digits[:16], images.to_uint8(encoded.x_T[:16] / 3), images.to_uint8(encoded.images[:16])]
+            save_picture(os.path.join(docs, "encoding.png"), np.concatenate(shown))
+    return "\n".join(lines)
+
+
+def inpainting(workdir: str, docs: str) -> None:
+    """Write inpainting.png: the lower half of real digits filled in, with three seeds."""
+    from ddpm_tf import experiment, images
+    from ddpm_tf.samplers import make_sampler, sample
+
+    inference, digits = experiment.load_for_inference(workdir), real_digits(16)
+    is_known = np.arange(8)[:, None] < np.full(8, 4)[None]
+    sampler = make_sampler("repaint", inference.diffusion, num_steps=50, jump_length=5, num_resamples=10)
+    rows = [digits, np.where(is_known[..., None], digits, 127).astype(np.uint8)]
+    filled_in = [
+        sample(
+            inference.network, sampler.with_known(images.from_uint8(digit.astype(np.float32)), is_known), range(3)
+        ).images
+        for digit in digits
+    ]
+    rows += [images.to_uint8(np.stack([three[k] for three in filled_in])) for k in range(3)]
+    save_picture(os.path.join(docs, "inpainting.png"), np.concatenate(rows))
+
+
+def real_digits(count: int) -> np.ndarray:
+    """Some of the real digits, uint8 [count, 8, 8, 1]."""
+    from ddpm_tf.data.sources import load_digits
+
+    real = load_digits().tensors["image"].numpy()
+    return real[np.random.Generator(np.random.PCG64(1)).permutation(len(real))[:count]]
+
+
+def save_picture(path: str, shown: np.ndarray) -> None:
+    from ddpm_tf import images
+
+    with open(path, "wb") as f:
+        f.write(images.png_bytes(images.picture(shown, columns=16)))
+
+
+def write_page(measured: list[dict], docs: str, workdir: str) -> None:
+    """Write samplers.md, whose tables are the measurements, and its pictures."""
+    with open(os.path.join(os.path.dirname(__file__), "samplers_page.md"), encoding="utf-8") as f:
+        template = f.read()
+    distances = cells(measured, "distance", lambda v: f"{np.mean(v):.3f} ±{(max(v) - min(v)) / 2:.3f}")
+    values: dict[str, str] = {"distances": "\n".join(distances), "seconds": timing(workdir), "floor": floor()}
+    values["encoding"] = encoding(workdir, docs)
+    inpainting(workdir, docs)
+    for name, value in values.items():
+        template = template.replace(f"[[{name}]]", value)
+    with open(os.path.join(docs, "samplers.md"), "w", encoding="utf-8") as f:
+        f.write(template)
+    plot(measured, os.path.join(docs, "samplers.png"))
 
 
 def main() -> None:
@@ -107,6 +259,9 @@ def main() -> None:
     os.makedirs(args.out, exist_ok=True)
     path = os.path.join(args.out, "measurements.jsonl")
     measure(args.workdir, path)
+    planned = list(plan())
+    measured = [row for row in rows(path) if {k: v for k, v in row.items() if k not in RESULTS} in planned]
+    write_page(measured, args.docs, args.workdir)
 
 
 if __name__ == "__main__":

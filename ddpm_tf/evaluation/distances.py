@@ -34,8 +34,9 @@ def frechet_distance(
 
         |mean_1 - mean_2|^2 + trace(covariance_1 + covariance_2 - 2 (covariance_1 covariance_2)^(1/2))
 
-    It is computed in float64. Rounding may give the matrix root a small imaginary part, which is left out, and may bring the
-    distance of two equal distributions a little below 0.
+    It is computed in float64. The trace of the matrix root is the sum of the roots of the eigenvalues of the symmetric matrix
+    covariance_1^(1/2) covariance_2 covariance_1^(1/2), also where a covariance is singular. Rounding may bring the distance of
+    two equal distributions a little below 0.
 
     Args:
         mean_1, mean_2: [D].
@@ -57,5 +58,7 @@ def frechet_distance(
         if not np.isfinite(array).all():
             raise InputError(f"{name} has values that are not finite.")
     mean_1, covariance_1, mean_2, covariance_2 = arrays.values()
-    root = scipy.linalg.sqrtm(covariance_1 @ covariance_2).real
-    return float(((mean_1 - mean_2) ** 2).sum() + np.trace(covariance_1 + covariance_2 - 2 * root))
+    values, vectors = scipy.linalg.eigh(covariance_1)
+    root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    of_root = np.sqrt(np.maximum(scipy.linalg.eigvalsh(root @ covariance_2 @ root), 0.0)).sum()
+    return float(((mean_1 - mean_2) ** 2).sum() + np.trace(covariance_1) + np.trace(covariance_2) - 2 * of_root)

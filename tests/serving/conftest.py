@@ -33,7 +33,7 @@ def workdir(tmp_path_factory):
     """Of 8x8 digits, DDIM by 4 steps of 100; the moving average is drawn, so that images depend on every weight."""
     config = digits.get_config()
     config.diffusion.num_timesteps = 100
-    config.sample.num_steps = 4
+    config.sample.sampler, config.sample.spacing, config.sample.num_steps = "ddim", "uniform", 4
     model = builders.build_model(config, tf.distribute.get_strategy())
     for v in model.ema_network.variables:
         v.assign(drawn_weight(tf1_name(v.path), v.shape, 5))
