@@ -1,4 +1,4 @@
-"""Measure class-conditional digits against the scale of guidance, and write docs/classes_curves.md and its plot.
+"""Measure class-conditional digits against the scale of guidance, and write docs/classes.md and its plot.
 
   python -m tools.classes_page --conditional=runs/digits_cond --unconditional=runs/digits \
       --classifier=runs/digits_classifier --out=runs/classes [--docs=docs]
@@ -74,6 +74,50 @@ def measure(args: argparse.Namespace, path: str) -> None:
         print(row, flush=True)
 
 
+def write_page(measured: list[dict], docs: str) -> None:
+    """Write classes.md, whose table are the measurements, and classes.png."""
+    lines = ["| guidance | scale | agreement | distance | distance, by class |", "|---|---|---|---|---|"]
+    for row in measured:
+        if row["kind"] != "unconditional":
+            cells = f"{row['agreement']:.1%} | {row['distance']:.3f} | {row['per_class']:.2f}"
+            lines.append(f"| {row['kind']} | {row['scale']:g} | {cells} |")
+    alone = next(row["distance"] for row in measured if row["kind"] == "unconditional")
+    null = next(row["distance"] for row in measured if row["kind"] == "classifier-free" and row["scale"] == 0)
+    text = (
+        f"At scale 0 the images are those of the null class: their distance is {null:.3f}. An unconditional network with the "
+        f"same number of training steps has {alone:.3f}."
+    )
+    with open(os.path.join(os.path.dirname(__file__), "classes_page.md"), encoding="utf-8") as f:
+        template = f.read()
+    with open(os.path.join(docs, "classes.md"), "w", encoding="utf-8") as f:
+        f.write(template.replace("[[table]]", "\n".join(lines)).replace("[[null]]", text))
+    plot(measured, os.path.join(docs, "classes.png"))
+
+
+def plot(measured: list[dict], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, parts = pyplot.subplots(1, 3, figsize=(12, 3.6))
+    names = {
+        "agreement": "agreement with the class",
+        "distance": "Frechet distance",
+        "per_class": "Frechet distance, by class",
+    }
+    for axes, (key, title) in zip(parts, names.items(), strict=True):
+        for kind in ("classifier-free", "classifier"):
+            rows_of = sorted((row for row in measured if row["kind"] == kind), key=lambda row: row["scale"])
+            axes.plot([row["scale"] for row in rows_of], [row[key] for row in rows_of], marker="o", label=kind)
+        axes.set(xlabel="scale", title=title)
+        if key != "agreement":
+            axes.set_yscale("log")
+        axes.grid(True, alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=100, bbox_inches="tight")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("conditional", "unconditional", "classifier", "out"):
@@ -81,7 +125,9 @@ def main() -> None:
     parser.add_argument("--docs", default="docs", help="the folder of the page and the plot")
     args = parser.parse_args()
     os.makedirs(args.out, exist_ok=True)
-    measure(args, os.path.join(args.out, "measurements.jsonl"))
+    path = os.path.join(args.out, "measurements.jsonl")
+    measure(args, path)
+    write_page(rows(path), args.docs)
 
 
 if __name__ == "__main__":
