@@ -20,14 +20,18 @@ from ddpm_tf.serving.signatures import make_signatures
 # random numbers from a state.
 OPS = frozenset(
     {
-        "AddV2", "All", "Assert", "AvgPool", "BiasAdd", "Bitcast", "BitwiseAnd", "BitwiseXor", "Cast", "ConcatV2", "Const",
-        "Conv2D", "Cos", "DepthToSpace", "Einsum", "EncodePng", "EnsureShape", "Equal", "Exp", "ExpandDims", "Fill",
-        "GatherV2", "Greater", "GreaterEqual", "Identity", "IsFinite", "Less", "LessEqual", "Log", "LogicalAnd", "MatMul",
-        "Maximum", "Mean", "Minimum", "Mul", "Neg", "NoOp", "Pack", "Pad", "Placeholder", "Pow", "Prod", "Range",
-        "ReadVariableOp", "RealDiv", "Reshape", "RightShift", "Rsqrt", "SelectV2", "Shape", "Sigmoid", "Sin", "Softmax",
-        "SpaceToDepth", "Sqrt", "SquaredDifference", "Squeeze", "StatefulPartitionedCall", "StopGradient", "StridedSlice",
-        "Sub", "Sum", "Tanh", "TensorListReserve", "TensorListSetItem", "TensorListStack", "Tile", "Transpose",
-        "VarHandleOp", "While", "ZerosLike",
+        "Abs", "AddV2", "All", "Assert", "AvgPool", "BiasAdd", "Bitcast", "BitwiseAnd", "BitwiseXor", "Cast", "ConcatV2",
+        "Const", "Conv2D", "Cos", "DepthToSpace", "Einsum", "EncodePng", "EnsureShape", "Equal", "Exp", "ExpandDims",
+        "Fill", "GatherV2", "Greater", "GreaterEqual", "Identity", "If", "IsFinite", "Less", "LessEqual", "Log",
+        "LogicalAnd", "MatMul", "Maximum", "Mean", "Minimum", "Mul", "Neg", "NoOp", "OnesLike", "Pack", "Pad",
+        "Placeholder", "Pow", "Prod", "Range", "ReadVariableOp", "RealDiv", "Reshape", "RightShift", "Rsqrt", "SelectV2",
+        "Shape", "Sigmoid", "Sin", "Softmax", "SpaceToDepth", "Sqrt", "SquaredDifference", "Squeeze",
+        "StatefulPartitionedCall", "StopGradient", "StridedSlice", "Sub", "Sum", "Tanh", "TensorListReserve",
+        "TensorListSetItem", "TensorListStack", "Tile", "TopKV2", "Transpose", "VarHandleOp", "While", "ZerosLike",
+        # A classifier and the gradient of what it says
+        "AddN", "AvgPoolGrad", "BiasAddGrad", "BroadcastGradientArgs", "BroadcastTo", "ConcatOffset",
+        "Conv2DBackpropFilter", "Conv2DBackpropInput", "FloorMod", "InvertPermutation", "LogSoftmax", "OneHot", "RsqrtGrad",
+        "ShapeN", "SigmoidGrad", "Slice", "StridedSliceGrad",
     }
 )  # fmt: skip
 # What restores the weights when the model is loaded. The server calls these functions, and no request reaches them.
