@@ -21,10 +21,11 @@ import traceback
 from absl import flags
 from absl.testing import flagsaver
 
-from ddpm_tf import app, builders, experiment
+from ddpm_tf import app, builders, experiment, files
 from ddpm_tf import config as config_lib
 from ddpm_tf.errors import RunError
-from ddpm_tf.experiment.inference import with_sampling
+from ddpm_tf.experiment.inference import check_classifier_scale, with_sampling
+from ddpm_tf.paths import check_local
 
 LIMIT_S = 5.0
 VALUES = (
@@ -33,7 +34,7 @@ VALUES = (
     "[]", "()", "(1,)", "(1,2,2,2)", "(1,'a')", "{}", "{'a': 1}", "lambda: 0", "__import__('os')", "ddim", "ddpm", "linaer",
     "uniform", "ünïcode", "日本語", "\U0001f600", "a\nb", "a\tb", "\udcff", " ", "'", '"', "\\", "%s%n", "$(true)", "--", "-",
     "=", "a=b", "folder:/nonexistent", "tfds:", "npz:", ":", "gs://b/w", "file:///tmp/x", "/dev/null", "/etc/passwd", ".", "..",
-    "x" * 5000,
+    "x" * 5000, "1,2", "3,3", "1,", "-1,9223372036854775808", "0.5", "all", "0,all", "٣,1", "docs", "README.md", "tests/data",
 )  # fmt: skip
 CONFIGS = {
     "raises.py": "def get_config():\n    raise RuntimeError('from the config')\n",
@@ -66,6 +67,10 @@ def odd_line(rng, names, folder):
         arguments.append(
             f"--config={rng.choice(odd) if rng.random() < 0.3 else rng.choice(['configs/digits.py'] * 5 + odd)}"
         )
+    if {"workdir", "out"} <= set(
+        names
+    ) and rng.random() < 0.7:  # else nearly every line ends where one of them is missing
+        arguments += ["--workdir=w", f"--out={folder / 'out'}"]
     if "dry_run" in names and rng.random() < 0.7:
         arguments.append("--dry_run")
     for _ in range(rng.randrange(6)):
@@ -100,14 +105,22 @@ def replace_jobs():
         builders.check(config)
         return ""
 
-    def check_sampling(*_, settings, **__):
+    def check_sampling(*_, settings, classifier="", classifier_scale=None, edit=experiment.Edit(), **__):  # noqa: B008
+        check_classifier_scale(classifier, classifier_scale)
         config = config_lib.default()
         config.train.num_steps = 5000
-        with_sampling(config, settings)
+        with_sampling(config, edit.settings(dict(settings)))
         return ""
+
+    def check_pictures(workdir, show, *, out, **given):
+        check_local(out, "--out")
+        files.check_new_folder(out, "--out")
+        show.check()
+        return check_sampling(workdir, **given)
 
     experiment.train = experiment.dry_run = check_config
     experiment.sample_images = experiment.export = check_sampling
+    experiment.show_pictures = check_pictures
     experiment.import_tf1 = lambda checkpoint, config, *_, **__: check_config(config)
     experiment.import_diffusers = lambda *_, config=None, **__: check_config(config) if config is not None else ""
     experiment.export_weights = lambda *_, **__: ""

@@ -97,7 +97,8 @@ def parse_labels(labels: str, num_classes: int, class_names: Sequence[str]) -> n
     """The classes that are drawn in turn, int32 [K].
 
     Args:
-        labels: all, or names and numbers with commas. A name comes before a number. num_classes is the null class: none.
+        labels: all, or names and numbers with commas. A name comes before a number, and a longer name before a shorter.
+            num_classes is the null class: none.
 
     Raises:
         InputError: a name or number that is no class.
@@ -105,15 +106,21 @@ def parse_labels(labels: str, num_classes: int, class_names: Sequence[str]) -> n
     if labels.strip() == "all":
         return np.arange(num_classes, dtype=np.int32)
     places = {name: k for k, name in enumerate(class_names)}
-    cycle = []
-    for word in (word.strip() for word in labels.split(",")):
+    most = 1 + max((name.count(",") for name in class_names), default=0)
+    words, cycle, first = labels.split(","), [], 0
+    while first < len(words):
+        # A name may hold commas, as ImageNet's do: the longest one that stands here counts.
+        spans = {size: ",".join(words[first : first + size]).strip() for size in range(most, 0, -1)}
+        size = next((size for size, name in spans.items() if name in places), 1)
+        word = spans[size]
         is_number = word.isascii() and word.isdigit() and len(word) < 10 and int(word) <= num_classes
         if word not in places and not is_number:
             some = ", ".join(map(text.printable, class_names[:20])) + (", ..." if len(class_names) > 20 else "")
             raise InputError(
-                f"--labels={text.printable(labels)}: {text.printable(word)!r} is no class. Expected all, or numbers within "
+                f"--labels={text.printable(labels)}: {word!r} is no class. Expected all, or numbers within "
                 f"0..{num_classes} with commas ({num_classes} means no class)"
                 + (f", or names: {some}." if some else ".")
             )
         cycle.append(places[word] if word in places else int(word))
+        first += size
     return np.array(cycle, np.int32)

@@ -75,7 +75,8 @@ class Edit(NamedTuple):
                     f"--mask={self.mask} is black everywhere: nothing is to be filled in. Paint that white."
                 )
             assert isinstance(sampler, RePaintSampler)
-            return sampler.with_known(image, ~is_filled_in)
+            # The next float32 above, since `to_uint8` truncates and would make 63 of the grey levels one darker.
+            return sampler.with_known(np.nextafter(image, np.float32(2)), ~is_filled_in)
         return from_image(sampler, image, strength=0.5 if self.strength is None else self.strength)
 
     def record(self) -> dict[str, Any]:

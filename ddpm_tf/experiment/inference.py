@@ -17,7 +17,7 @@ from ddpm_tf.experiment.run import read_drawing_config, read_run_config
 from ddpm_tf.networks import Classifier
 from ddpm_tf.networks.contract import Network
 from ddpm_tf.samplers.base import Sampler
-from ddpm_tf.samplers.guidance import guided_by
+from ddpm_tf.samplers.guidance import check_guided_chain, guided_by
 from ddpm_tf.storage.bundles import assign
 from ddpm_tf.storage.workdir import read_class_names, read_newest
 
@@ -106,7 +106,7 @@ def load_sampler(
         settings: {field: value} of the config's `sample` section, instead of the workdir's.
 
     Raises:
-        InputError: as `load_for_inference` and `with_sampling`.
+        InputError: as `load_for_inference` and `with_sampling`; a classifier that does not fit.
     """
     config = with_sampling(read_drawing_config(workdir), settings or {})
     inference = _load(config, workdir, ema, strategy)
@@ -115,6 +115,7 @@ def load_sampler(
         inference = inference._replace(network=guided_by(inference.network, guide))
     s = config.sample
     sampler = builders.build_sampler(config, inference.diffusion)
+    check_guided_chain(inference.network, sampler.diffusion.schedule)
     if sampler.num_steps != (s.num_steps or sampler.num_steps):
         logging.info("Spacing %s drops repeated timesteps: %d steps are left.", s.spacing, sampler.num_steps)
     if ema:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +10,8 @@ from absl import logging
 
 from ddpm_tf import files, images
 from ddpm_tf.cluster.strategy import configure_devices
+from ddpm_tf.data.arrays import load_npz
+from ddpm_tf.data.contract import LoadOptions
 from ddpm_tf.errors import InputError, StorageError, WorkdirError, storage_advice
 from ddpm_tf.experiment.conditions import make_conditions
 from ddpm_tf.experiment.editing import read_picture
@@ -142,6 +143,12 @@ def show_pictures(
     made = make_conditions(
         inference.config, inference.network, inference.class_names, count, classifier_scale=classifier_scale
     )
+    if show.interpolate or show.encode:
+        _check_one_class(inference.config.sample.labels, made.labels)
+    if show.interpolate and count < 2:
+        raise InputError(
+            f"--num_images={count} is too few for --interpolate, which shows both ends; choose at least 2."
+        )
     job = _Job(inference, sampler, show, made.labels, made.keywords(), made.columns)
     logging.info(
         "%s, %d steps, %d network evaluations.",
@@ -157,6 +164,14 @@ def show_pictures(
     pictures, arrays, report = draw(job)
     _write(out, pictures, arrays, report)
     return f"{report}\nPictures: {out}"
+
+
+def _check_one_class(labels: str, drawn: np.ndarray | None) -> None:
+    """Refuse several classes where all images are of one; `all` stands for the first class."""
+    if drawn is not None and labels.strip() != "all" and len(np.unique(drawn)) > 1:
+        raise InputError(
+            f"--labels={labels} names several classes, and all images of --interpolate or --encode are of one. Give one."
+        )
 
 
 def _states(job: _Job) -> tuple[dict[str, bytes], dict[str, np.ndarray], str]:
@@ -227,8 +242,13 @@ def _interpolation(job: _Job) -> tuple[dict[str, bytes], dict[str, np.ndarray], 
 def _encoding(job: _Job) -> tuple[dict[str, bytes], dict[str, np.ndarray], str]:
     """Rows of images, their latents, and what these are decoded to."""
     originals = _read_images(job.show.encode, job.inference.network.image_shape)
-    conditions = {name: value for name, value in job.of(len(originals)).items() if name != "classifier_scale"}
-    encoded = encode(job.inference.network, job.sampler, images.from_uint8(originals.astype(np.float32)), **conditions)
+    encoded = encode(
+        job.inference.network,
+        job.sampler,
+        images.from_uint8(originals.astype(np.float32)),
+        batch_size=job.inference.config.sample.batch_size,
+        **job.of(len(originals)),
+    )
     decoded = images.to_uint8(encoded.images)
     # In [0, 1], as in DDIM's Table 2
     error = float(np.mean(((np.clip(encoded.images, -1, 1) + 1) / 2 - originals / 255.0) ** 2))
@@ -250,14 +270,12 @@ def _read_images(path: str, image_shape: tuple[int, int, int]) -> np.ndarray:
     """uint8 [N, H, W, C] of a picture or an .npz."""
     if not path.endswith(".npz"):
         return read_picture(path, image_shape, "--encode")[None]
+    options = LoadOptions(image_shape, split="", data_dir="", download=False, in_memory_mb=0, read_only=True)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            read = arrays["images"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
-        raise InputError(
-            f"--encode={path} cannot be read ({e}). Expected an .npz with images, uint8 [N, H, W, C]."
-        ) from e
-    if read.dtype != np.uint8 or read.shape[1:] != image_shape or not 1 <= len(read) <= 100_000:
+        read = load_npz(path, options).tensors["image"].numpy()
+    except InputError as e:
+        raise InputError(f"--encode={path} cannot be used: {e} Expected images, uint8 [N, H, W, C].") from e
+    if read.shape[1:] != image_shape or len(read) > 100_000:
         raise InputError(
             f"--encode={path} has images {read.dtype} {list(read.shape)}; expected uint8 [N, ...] of {list(image_shape)}."
         )

@@ -71,7 +71,7 @@ def sample_images(
     sampler = edit.apply(sampler, network.image_shape)
     record = {
         **_record(inference, sampler, ema, png, strategy.num_replicas_in_sync),
-        **({"classifier_scale": classifier_scale or 1.0} if classifier else {}),
+        **({"classifier_scale": 1.0 if classifier_scale is None else classifier_scale} if classifier else {}),
         **edit.record(),
     }
     out = out or _new_folder(workdir, inference, sampler, ema, record)

@@ -9,10 +9,16 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from ddpm_tf.diffusion.process import GaussianDiffusion, PMeanVariance
-from ddpm_tf.errors import InputError
 from ddpm_tf.networks.contract import Inputs, Network
 from ddpm_tf.samplers.base import Denoising
-from ddpm_tf.samplers.guidance import ClassifierGuided, classifier_free_output, eps_shift, is_conditional, weight_at
+from ddpm_tf.samplers.guidance import (
+    ClassifierGuided,
+    check_guided_chain,
+    classifier_free_output,
+    eps_shift,
+    is_conditional,
+    weight_at,
+)
 
 # (x [B, H, W, C], i int32 [B], the last predicted x_0 or None) -> ...
 OutputFunction = Callable[..., tf.Tensor]
@@ -75,11 +81,7 @@ def make_denoiser(
     """
     output = make_output_fn(network, diffusion, denoising, labels=labels, guidance=guidance)
     schedule = diffusion.schedule
-    if isinstance(network, ClassifierGuided) and schedule.alphas_cumprod[-1] == 0:
-        raise InputError(
-            "A classifier cannot guide a chain that ends at alphas_cumprod = 0: its gradient is multiplied by 1 / 0 there. "
-            "Train on another schedule, or use classifier-free guidance."
-        )
+    check_guided_chain(network, schedule)
 
     def denoise(x: tf.Tensor, i: tf.Tensor, x_0: tf.Tensor | None = None) -> PMeanVariance:
         shift = None

@@ -88,6 +88,19 @@ def guided_by(network: Network, classifier: Any) -> Any:
     return ClassifierGuided(network, classifier)
 
 
+def check_guided_chain(network: Network, schedule: Schedule) -> None:
+    """Refuse a classifier on a chain that ends without any signal.
+
+    Raises:
+        InputError
+    """
+    if isinstance(network, ClassifierGuided) and schedule.alphas_cumprod[-1] == 0:
+        raise InputError(
+            "A classifier cannot guide a chain that ends at alphas_cumprod = 0: its gradient is multiplied by 1 / 0 there. "
+            "Leave --classifier out and use classifier-free guidance, or train on another schedule."
+        )
+
+
 def is_conditional(network: Network) -> bool:
     """Whether the network itself takes labels."""
     inner = network.network if isinstance(network, ClassifierGuided) else network

@@ -19,5 +19,6 @@ def from_image(sampler: Sampler, image: np.ndarray, *, strength: float) -> Sampl
     Raises:
         InputError: a strength out of range.
     """
-    steps = math.ceil(checks.real("strength", strength, low=1e-9, high=1) * sampler.num_steps)
+    share = checks.real("strength", strength, low=1e-9, high=1) * sampler.num_steps
+    steps = max(1, math.ceil(share - 1e-6))  # 0.07 of 100 steps is 7.000000000000001
     return sampler.varied(plan=sampler.plan.last_steps(steps), origin=np.asarray(image, np.float32))

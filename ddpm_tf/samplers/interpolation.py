@@ -26,6 +26,7 @@ def interpolate(
     fixed_noise: bool = False,
     labels: Any = None,
     guidance: Any = None,
+    classifier_scale: Any = None,
 ) -> np.ndarray:
     """Diffuse two images to index t, mix them linearly, and denoise the mixtures.
 
@@ -38,7 +39,7 @@ def interpolate(
         seed: int64, of all noise.
         fixed_noise: draw the noise of both ends and of the way back once for all lambdas (the paper's Fig. 8), else
             anew for each (the release's code).
-        labels, guidance: as in `sample`, for the K mixtures.
+        labels, guidance, classifier_scale: as in `sample`, for the K mixtures.
 
     Returns:
         float32 [K, H, W, C].
@@ -54,9 +55,10 @@ def interpolate(
     count = len(weights)
     most = 2**63 - (1 if checks.boolean("fixed_noise", fixed_noise) else count)  # the last seed is an int64, too
     seed = checks.integer("seed", seed, low=-(2**63), high=most)
-    conditions = check_conditions(network, count, labels, guidance)
+    conditions = check_conditions(network, count, labels, guidance, classifier_scale)
     seeds = tf.fill([count], tf.constant(seed, tf.int64)) + (0 if fixed_noise else tf.range(count, dtype=tf.int64))
-    at_t = tf.fill([count], t)
+    plan = sampler.plan.last_steps(t + 1)
+    at_t = tf.fill([count], int(plan.start[0]) - 1)  # other than t where a sampler visits more timesteps, or jumps
 
     def diffused(x: np.ndarray, end: int) -> tf.Tensor:
         eps = rng.normal(seeds, network.image_shape, purpose=rng.Purpose.NOISE, index=end)
@@ -64,8 +66,9 @@ def interpolate(
 
     weight = weights[:, None, None, None]
     x_t = (1 - weight) * diffused(x_a, 0) + weight * diffused(x_b, 1)
-    drawing, moves = compiled(network, sampler, conditions), sampler.plan.last_steps(t + 1).num_moves
-    return drawing.advance(begin(sampler, x_t), seeds, conditions, tf.constant(moves), tf.constant(0)).x.numpy()
+    drawing = compiled(network, sampler, conditions)
+    moves = tf.constant(plan.num_moves)
+    return drawing.advance(begin(sampler, x_t), seeds, conditions, moves, tf.constant(0)).x.numpy()
 
 
 def _checked_image(name: str, x: Any, network: Network) -> np.ndarray:

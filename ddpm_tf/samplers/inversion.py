@@ -49,34 +49,46 @@ class Encoded(NamedTuple):
 
 
 def encode(
-    network: Network, sampler: Sampler, images: np.ndarray, *, labels: Any = None, guidance: Any = None
+    network: Network,
+    sampler: Sampler,
+    images: np.ndarray,
+    *,
+    labels: Any = None,
+    guidance: Any = None,
+    classifier_scale: Any = None,
+    batch_size: int = 64,
 ) -> Encoded:
     """Images to their latents by `DDIMInversion`, and back by the sampler. Both ask the network S times.
 
     Args:
         sampler: ddim with eta 0, from `make_sampler`. Clipping is off both ways, since a clipped x_0 cannot be found back.
         images: float32 [N, H, W, C] in [-1, 1].
-        labels, guidance: as in `sample`.
+        labels, guidance, classifier_scale: as in `sample`.
+        batch_size: images at once.
 
     Raises:
         InputError: another sampler, or images of another shape or range.
     """
     if not isinstance(sampler, DDIMSampler) or sampler.needs_noise:
         raise InputError(
-            "Images are encoded by the sampler ddim with eta 0: the others are not the solution of an ODE by DDIM."
+            "Images are encoded by the sampler ddim with eta 0: the others are not the solution of an ODE by DDIM. Give "
+            "--sampler=ddim, without --eta and --sigma_hat."
         )
+    batch_size = checks.integer("batch_size", batch_size, low=1, high=checks.MAX_BATCH)
     images = np.asarray(images)
     x = checks.reals("The images", images, low=-1, high=1, shape=[len(images), *network.image_shape]).astype(np.float32)
-    conditions = check_conditions(network, len(x), labels, guidance)
+    conditions = check_conditions(network, len(x), labels, guidance, classifier_scale)
     denoising = sampler.denoising._replace(clip=False, dynamic_threshold=0.0)
-    seeds = tf.zeros([len(x)], tf.int64)  # no noise is drawn
     states = []
     for one in (DDIMInversion(sampler.diffusion, denoising=denoising), sampler.varied(denoising=denoising)):
-        moves = tf.constant(one.plan.num_moves)
-        x = (
-            compiled(network, one, conditions)
-            .advance(begin(one, tf.constant(x)), seeds, conditions, moves, tf.constant(0))
-            .x
-        )
-        states.append(x.numpy())
+        drawing, moves = compiled(network, one, conditions), tf.constant(one.plan.num_moves)
+        parts = []
+        for first in range(0, len(x), batch_size):
+            rows = slice(first, first + batch_size)
+            seeds = tf.zeros([len(x[rows])], tf.int64)  # no noise is drawn
+            given = {name: values[rows] for name, values in conditions.items()}
+            carry = begin(one, tf.constant(x[rows]))
+            parts.append(drawing.advance(carry, seeds, given, moves, tf.constant(0)).x.numpy())
+        x = np.concatenate(parts)
+        states.append(x)
     return Encoded(*states)

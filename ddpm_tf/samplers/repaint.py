@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from ddpm_tf import checks
 from ddpm_tf.diffusion.gaussian import extract
@@ -38,6 +39,13 @@ class RePaintSampler(AncestralSampler):
         jump_length = checks.integer("jump_length", jump_length, low=1, high=checks.MAX_TIMESTEPS)
         num_resamples = checks.integer("num_resamples", num_resamples, low=1, high=10_000)
         self.plan = _jumping(diffusion.num_timesteps, jump_length, num_resamples)
+        if num_resamples > 1 and jump_length >= diffusion.num_timesteps:
+            logging.warning(
+                "No jump of jump_length=%d levels fits into %d sampling steps: nothing is resampled, and what is filled in "
+                "agrees less with the rest. Lower jump_length, or raise num_steps.",
+                jump_length,
+                diffusion.num_timesteps,
+            )
         abar = np.append(1.0, diffusion.schedule.alphas_cumprod)
         self._x_0_scale, self._eps_scale = np.sqrt(abar), np.sqrt(1.0 - abar)  # by level
         self._up_ratio = np.append(abar[jump_length:], np.zeros(min(jump_length, len(abar)))) / np.where(

@@ -9,15 +9,18 @@ from ddpm_tf import experiment
 from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.diffusion.schedules import Schedule, make_betas
 from ddpm_tf.errors import RunError
-from ddpm_tf.networks import UNet
-from ddpm_tf.samplers import make_sampler
+from ddpm_tf.images import to_uint8
+from ddpm_tf.networks import Classifier, UNet
+from ddpm_tf.samplers import guided_by, make_sampler, sample
 from ddpm_tf.serving.export import OPS, SAVER_OPS, check_ops, save_model
+from tests.conftest import drawn_weight, tf1_name
 from tests.serving.c_api import CSession
 from tests.serving.conftest import ROOT, grey_levels, run_python
 
 C_API = """
 import sys
 import numpy as np
+from tests.conftest import drawn_weight, tf1_name
 from tests.serving.c_api import CSession
 session = CSession(sys.argv[1])
 with np.load(sys.argv[2]) as requests:
@@ -102,6 +105,33 @@ def test_other_networks_and_diffusions_need_no_other_ops(network, diffusion, sam
     network = UNet((8, 8, 1), **{"ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,)} | network)
     save_model(str(tmp_path), network, sampler, sampler.diffusion, max_batch=1)
     assert CSession(str(tmp_path)).run("sample", {"seed": np.zeros(1, int)})["images"].shape == (1, 8, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "settings", "guide"),
+    [
+        ("dpm_solver", {"dynamic_threshold": 0.9}, None),
+        pytest.param("heun", {"churn": 3.0}, None, marks=pytest.mark.slow),
+        pytest.param("repaint", {"jump_length": 1, "num_resamples": 2}, None, marks=pytest.mark.slow),
+        pytest.param("ddim", {}, {"attn_resolutions": (4,)}, marks=pytest.mark.slow),
+        pytest.param("dpm_solver", {}, {"attn_resolutions": (), "resamp_with_conv": False}, marks=pytest.mark.slow),
+    ],
+)
+def test_other_samplers_and_a_classifier_draw_the_same_from_a_server(sampler, settings, guide, tmp_path):
+    small = {"ch": 32, "num_res_blocks": 1, "seed": 1}
+    network = UNet((8, 8, 1), ch_mult=(1,), attn_resolutions=(), **small)
+    seeds, conditions, inputs = np.arange(3), {}, {}
+    if guide is not None:
+        network = guided_by(network, Classifier((8, 8, 1), num_classes=3, ch_mult=(1, 2), **small, **guide))
+        conditions = {"labels": np.arange(3), "classifier_scale": 2.0}
+        inputs = {"label": np.arange(3, dtype=np.int32), "classifier_scale": np.full(3, 2.0, np.float32)}
+    for v in network.variables:
+        v.assign(drawn_weight(tf1_name(v.path), v.shape, 3))
+    diffusion = GaussianDiffusion(Schedule(make_betas("linear_scaled", 100)))
+    made = make_sampler(sampler, diffusion, num_steps=4, **settings)
+    save_model(str(tmp_path), network, made, made.diffusion, max_batch=4)
+    served = CSession(str(tmp_path)).run("sample", {"seed": seeds, **inputs})["images"]
+    assert grey_levels(served, to_uint8(sample(network, made, seeds, **conditions).images)) <= 1
 
 
 FORBIDDEN = {
