@@ -3,7 +3,7 @@ import pytest
 import tensorflow as tf
 
 from ddpm_tf.diffusion.prediction import PREDICTIONS
-from ddpm_tf.diffusion.process import GaussianDiffusion
+from ddpm_tf.diffusion.process import GaussianDiffusion, dynamically_thresholded
 from ddpm_tf.diffusion.schedules import Schedule, make_betas
 from ddpm_tf.diffusion.variance import VARIANCES
 from ddpm_tf.errors import InputError
@@ -179,3 +179,26 @@ def test_eps_is_refused_where_no_signal_is_left():
         GaussianDiffusion(schedule)
     p = GaussianDiffusion(schedule, prediction="v").p_mean_variance(tf.ones([1, 1, 1, 1]), tf.ones([1, 1, 1, 1]), [99])
     assert all(np.isfinite(v).all() for v in p)
+
+
+@pytest.mark.parametrize("quantile", [0.3, 0.9, 0.995, 1.0])
+def test_dynamic_thresholding_is_imagens(quantile):
+    """Clipped to the quantile of each image's absolute values, if that is above 1, and divided by it."""
+    x_0 = np.random.Generator(np.random.PCG64(0)).normal(0, [[[[0.3]]], [[[1.5]]], [[[40.0]]]], (3, 5, 4, 3))
+    limit = np.maximum(np.quantile(np.abs(x_0).reshape(3, -1), quantile, axis=1), 1)[:, None, None, None]
+    expected = np.clip(x_0, -limit, limit) / limit
+    np.testing.assert_allclose(dynamically_thresholded(tf.constant(x_0, tf.float32), quantile), expected, atol=1e-5)
+    one = tf.constant([[[[3.0]]], [[[-0.5]]]])
+    np.testing.assert_allclose(dynamically_thresholded(one, quantile), [[[[1.0]]], [[[-0.5]]]])
+
+
+def test_a_shift_of_eps_moves_x_0_before_it_is_clipped():
+    diffusion = GaussianDiffusion(Schedule(make_betas("linear", 100)))
+    r = np.random.Generator(np.random.PCG64(1))
+    x_t, output, shift = (tf.constant(r.standard_normal((2, 3, 3, 1)), tf.float32) for _ in range(3))
+    t = tf.constant([3, 90])
+    for clip in (True, False):
+        shifted = diffusion.p_mean_variance(output, x_t, t, clip, eps_shift=shift)
+        plain = diffusion.p_mean_variance(output + shift, x_t, t, clip)
+        for a, b in zip(shifted, plain, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

@@ -11,6 +11,7 @@ from ddpm_tf.diffusion.schedules import Schedule, make_betas
 from ddpm_tf.samplers import guided_by, make_sampler, sample
 from ddpm_tf.samplers.base import initial_noise
 from ddpm_tf.samplers.denoiser import make_denoiser
+from ddpm_tf.samplers.guidance import classifier_free_output
 from ddpm_tf.samplers.loop import begin, run_loop
 from tests.samplers.analytic import Analytic, AnalyticClasses, LinearClassifier, Mixture
 
@@ -126,3 +127,29 @@ def test_repaint_fills_in_a_correlated_gaussian_with_its_conditional_moments():
     assert abs(filled_in.mean() - rho * known) < 0.025
     np.testing.assert_allclose(filled_in.std(), deviation * np.sqrt(1 - rho**2), rtol=0.05)
     assert abs(draw(1).mean() - rho * known) > 0.05  # without jumps the known value is heard too late
+
+
+def test_rescaled_guidance_has_the_conditional_deviation():
+    """Lin et al. 2024, Eqs. 15 and 16; a learned variance is the conditional one's."""
+
+    class Network:
+        num_classes = 2
+
+        def __call__(self, inputs, training=False):
+            scale = tf.constant([1.0, 2.0, 5.0])
+            of_label = tf.gather(scale, inputs["labels"])[:, None, None, None]
+            return tf.concat([of_label * inputs["x_t"], of_label * tf.ones_like(inputs["x_t"])], axis=-1)
+
+    x = tf.constant(np.random.Generator(np.random.PCG64(0)).standard_normal((2, 4, 4, 1)), tf.float32)
+    inputs = {"x_t": x, "labels": tf.constant([0, 1])}
+    weight = tf.constant([3.0, 0.5])
+    plain, half, full = (classifier_free_output(Network(), inputs, weight, rescale=r).numpy() for r in (0.0, 0.5, 1.0))
+    np.testing.assert_allclose(full[..., 0].std((1, 2)), [1, 2] * x.numpy()[..., 0].std((1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(half, (plain + full) / 2, atol=1e-5)
+    np.testing.assert_allclose(
+        plain[..., :1], (5 + weight * ([1, 2] - np.float32(5)))[:, None, None, None] * x, atol=1e-4
+    )
+    for output in (plain, half, full):
+        np.testing.assert_array_equal(
+            output[..., 1:], np.broadcast_to(np.float32([1, 2])[:, None, None, None], x.shape)
+        )

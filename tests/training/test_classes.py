@@ -1,11 +1,13 @@
 """Classes in training: dropped labels, and data that a conditional network cannot be trained on."""
 
+import json
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from configs import cifar10_cond, digits_cond
-from ddpm_tf import builders
+from ddpm_tf import builders, experiment
 from ddpm_tf.data.sources import ArraySource
 from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.diffusion.schedules import Schedule, make_betas
@@ -14,7 +16,7 @@ from ddpm_tf.networks import UNet
 from ddpm_tf.training.model import DiffusionModel
 from ddpm_tf.training.objective import Objective
 from ddpm_tf.training.optimizers import make_optimizer
-from tests.conftest import tiny_config
+from tests.conftest import assert_the_same_end, state, tiny_config
 
 DIFFUSION = GaussianDiffusion(Schedule(make_betas("linear", 1000)))
 
@@ -111,3 +113,25 @@ def test_a_config_of_classes_makes_a_conditional_network():
     builders.check(cifar10_cond.get_config())
     model = builders.build_model(config, tf.distribute.get_strategy(), is_compiled=False)
     assert model.network.num_classes == 10 and model.objective.label_dropout == 0.1
+
+
+@pytest.mark.slow
+def test_classes_are_resumed_bit_exactly_and_are_the_same_in_micro_batches(tmp_path):
+    """Four steps at once, in two starts, and in micro-batches."""
+
+    def train(name, num_steps, *, micro_batches=1):
+        config = tiny_config(num_steps)
+        config.network.num_classes, config.train.label_dropout = 10, 0.5
+        config.train.micro_batches = micro_batches
+        config.sample.labels, config.sample.guidance, config.sample.sampler = "3,7", 2.0, "dpm_solver"
+        experiment.train(config, str(tmp_path / name))
+
+    train("whole", 4)
+    train("parts", 2)
+    train("parts", 4)
+    assert_the_same_end(tmp_path / "parts", tmp_path / "whole")
+    assert json.loads((tmp_path / "whole" / "data.json").read_text())["class_names"] == [str(k) for k in range(10)]
+    train("split", 4, micro_batches=2)
+    (_, whole), (_, split) = state(tmp_path / "whole"), state(tmp_path / "split")
+    for name, value in whole.items():
+        np.testing.assert_allclose(split[name], value, atol=1e-5, err_msg=name)
