@@ -12,6 +12,7 @@ from tqdm import tqdm
 from ddpm_tf import __version__, builders
 from ddpm_tf import config as config_lib
 from ddpm_tf.cluster.strategy import configure_devices, make_strategy
+from ddpm_tf.errors import InputError
 from ddpm_tf.experiment.conditions import make_conditions
 from ddpm_tf.experiment.editing import Edit
 from ddpm_tf.experiment.generating import generate
@@ -89,10 +90,16 @@ def sample_images(
             part=slice(folder.num_done, None),
             strategy=strategy,
         )
-        with tqdm(total=s.num_images, initial=folder.num_done, unit=" images", desc="sampling") as bar:
-            for batch in batches:
-                folder.add(batch.seeds, batch.images)
-                bar.update(len(batch.seeds))
+        try:
+            with tqdm(total=s.num_images, initial=folder.num_done, unit=" images", desc="sampling") as bar:
+                for batch in batches:
+                    folder.add(batch.seeds, batch.images)
+                    bar.update(len(batch.seeds))
+        except (tf.errors.ResourceExhaustedError, MemoryError) as e:
+            raise InputError(
+                f"Out of memory while --batch_size={s.batch_size} images were drawn at once: lower it. --out={out} keeps what "
+                "was drawn, which depends on the size of a batch, so choose another --out, too."
+            ) from e
         folder.finish(conditions.labels, columns=conditions.columns)
     return out
 

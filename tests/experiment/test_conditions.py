@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 
 from ddpm_tf import images
@@ -159,8 +160,6 @@ def test_a_name_is_its_number_and_two_classes_make_two_columns(workdirs, tmp_pat
     assert by_name["labels"].tolist() == [1, 0, 1, 0]
     np.testing.assert_array_equal(by_name["images"], by_number["images"])
     assert Image.open(tmp_path / "name" / "grid.png").size == (2 * SCALED - 1, 2 * SCALED - 1)
-    other = draw(workdirs("classes"), tmp_path / "other", labels="0", num_images=4)  # the name of class 2
-    assert grey(other["images"], by_name["images"]) > 10
 
 
 def test_a_seed_and_a_label_are_one_image_in_any_batch_and_through_sample(workdirs, tmp_path):
@@ -184,20 +183,21 @@ def test_guidance_1_is_conditional_and_0_is_the_null_class(workdirs):
     def drawn(**conditions):
         return sample(inference.network, sampler, np.arange(6), **conditions).images
 
-    # In float32 unconditional + (conditional - unconditional) is conditional up to rounding, which four steps amplify.
-    np.testing.assert_allclose(drawn(labels=labels, guidance=1.0), drawn(labels=labels), atol=1e-5)
+    # In float32 unconditional + (conditional - unconditional) is conditional up to rounding.
+    conditional = drawn(labels=labels)
+    np.testing.assert_allclose(drawn(labels=labels, guidance=1.0), conditional, atol=1e-6)
     np.testing.assert_allclose(drawn(labels=labels, guidance=0.0), drawn(labels=3), atol=1e-6)
-    assert np.abs(drawn(labels=labels) - drawn(labels=3)).max() > 0.1  # the labels play a part
+    assert np.abs(conditional - drawn(labels=3)).max() > 0.1  # the labels play a part
 
 
 def test_a_classifier_of_scale_0_does_not_guide_and_its_folder_is_not_that_of_scale_1(workdirs, tmp_path):
-    kwargs = {"classifier": workdirs("classifier"), "labels": "1"}
+    kwargs = {"classifier": workdirs("classifier"), "labels": "1", "num_images": 2}
     drawn = {
         scale: draw(workdirs("plain"), tmp_path / str(scale), classifier_scale=scale, **kwargs) for scale in (0.0, 50.0)
     }
-    plain = draw(workdirs("plain"), tmp_path / "plain")["images"]
+    plain = draw(workdirs("plain"), tmp_path / "plain", num_images=2)["images"]
     assert grey(drawn[0.0]["images"], plain) <= 1 < grey(drawn[50.0]["images"], plain)
-    assert drawn[0.0]["labels"].tolist() == [1] * 6
+    assert drawn[0.0]["labels"].tolist() == [1, 1]
     recorded = [
         json.loads((tmp_path / str(scale) / "sampling.json").read_text())["classifier_scale"] for scale in drawn
     ]
@@ -236,6 +236,18 @@ def test_a_stopped_run_with_labels_goes_on_to_the_same_files(workdirs, tmp_path,
     shutil.rmtree(tmp_path / "stopped")
 
 
+@pytest.mark.parametrize("error", [MemoryError(), tf.errors.ResourceExhaustedError(None, None, "OOM")])
+def test_a_batch_that_does_not_fit_in_memory_is_one_message(workdirs, tmp_path, monkeypatch, error):
+    def too_large(*_, **__):
+        raise error
+        yield
+
+    monkeypatch.setattr(sampling_job, "generate", too_large)
+    with pytest.raises(InputError, match="^Out of memory while --batch_size=7 images .*: lower it") as e:
+        draw(workdirs("plain"), tmp_path / "out", batch_size=7)
+    assert e.value.exit_code == 2
+
+
 def test_eps_cannot_be_predicted_on_a_chain_without_signal():
     with pytest.raises(InputError, match="alphas_cumprod = 0: prediction 'eps' cannot recover x_0 there.*'x_0' or 'v'"):
         GaussianDiffusion(Schedule(make_betas("linear_zero_snr", CHAIN)))
@@ -252,7 +264,7 @@ class Halving:
 
 EVERYTHING = list(itertools.product(("v", "x_0"), TIMESTEP_SPACINGS, (1, 2, STEPS, CHAIN), (True, False)))
 SOME = [
-    ("v", "linspace", 1, False), ("v", "trailing", STEPS, True), ("x_0", "guide", STEPS, False), ("v", "logsnr", CHAIN, True),
+    ("v", "linspace", 1, False), ("v", "trailing", STEPS, True), ("v", "logsnr", CHAIN, True),
     ("x_0", "karras", 2, True), ("v", "karras", CHAIN, False),
 ]  # fmt: skip
 
@@ -270,9 +282,15 @@ def test_a_chain_without_signal_at_its_end_is_sampled(name, cases):
     assert end.count(0) >= 0.7 * len(end)  # uniform and quad do not visit the last timestep
 
 
+@pytest.mark.slow
 def test_the_whole_way_from_a_workdir_of_such_a_chain(workdirs, tmp_path):
-    for name, given in {
-        "heun": {"churn": 2.0}, "ddim": {"eta": 1.0}, "dpm_solver": {"guidance": 3.0, "guidance_rescale": 0.7}
-    }.items():  # fmt: skip
-        arrays = draw(workdirs("zero_snr"), tmp_path / name, sampler=name, spacing="trailing", num_images=3, **given)
-        assert arrays["images"].std() > 1 and len(np.unique(arrays["images"].reshape(3, -1), axis=0)) == 3
+    arrays = draw(
+        workdirs("zero_snr"),
+        tmp_path,
+        sampler="heun",
+        churn=2.0,
+        spacing="trailing",
+        guidance=3.0,
+        guidance_rescale=0.7,
+    )
+    assert arrays["images"].std() > 1 and len(np.unique(arrays["images"].reshape(6, -1), axis=0)) == 6
