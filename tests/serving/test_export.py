@@ -112,7 +112,6 @@ def test_other_networks_and_diffusions_need_no_other_ops(network, diffusion, sam
     [
         ("dpm_solver", {"dynamic_threshold": 0.9}, None),
         pytest.param("heun", {"churn": 3.0}, None, marks=pytest.mark.slow),
-        pytest.param("repaint", {"jump_length": 1, "num_resamples": 2}, None, marks=pytest.mark.slow),
         pytest.param("ddim", {}, {"attn_resolutions": (4,)}, marks=pytest.mark.slow),
         pytest.param("dpm_solver", {}, {"attn_resolutions": (), "resamp_with_conv": False}, marks=pytest.mark.slow),
     ],
