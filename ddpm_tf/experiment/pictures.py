@@ -188,9 +188,10 @@ def _states(job: _Job) -> tuple[dict[str, bytes], dict[str, np.ndarray], str]:
         raise InputError(
             f"--shared_noise_steps must be within 0..{moves}, the sampler's moves; found {show.shared_noise_steps}."
         )
-    if show.shared_noise_steps >= 0 and not job.sampler.needs_noise and len(set(np.ravel(job.labels).tolist())) == 1:
+    is_one_class = job.labels is None or len(set(job.labels.tolist())) == 1
+    if show.shared_noise_steps >= 0 and not job.sampler.needs_noise and is_one_class:
         raise InputError(
-            f"--shared_noise_steps with --sampler={s.sampler} makes all images the same, since it draws no noise after x_T. Use a "
+            f"--shared_noise_steps with --sampler={s.sampler} makes all images the same: it draws no noise after x_T. Use a "
             "sampler that does, such as ddpm, or ddim with --eta=1."
         )
     seeds = range(s.seed, s.seed + s.num_images)
