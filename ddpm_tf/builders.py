@@ -314,19 +314,41 @@ def check(config: ConfigDict) -> None:
     diffusion = attempt("diffusion", build_diffusion, reads=["diffusion"])
     if diffusion:
         attempt("sample", build_sampler, diffusion, reads=["sample"])
-        attempt("sample", _check_conditions, reads=["sample", "network"])
+        attempt("sample", check_guidance, reads=["sample", "network"])
         attempt("train.loss", _build_loss, diffusion, reads=["train", "network"])
     attempt("network", _check_network, reads=["network", "data"])
     attempt("train.micro_batches", check_batch_size, 1, reads=["data", "train"])
     config_lib.refuse(problems)
 
 
-def _check_conditions(config: ConfigDict) -> None:
-    s = config.sample
-    if not config.network.num_classes and (s.labels != "all" or s.guidance != 1):
+def check_guidance(config: ConfigDict, *, has_classifier: bool = False, is_served: bool = False) -> None:
+    """Refuse labels and guidance that an unconditional network does not take, and settings of no guidance at all.
+
+    Args:
+        has_classifier: whether the network is guided by a classifier.
+        is_served: whether every request says its labels and its scale of guidance.
+
+    Raises:
+        InputError
+    """
+    s, is_conditional = config.sample, bool(config.network.num_classes)
+    unconditional = "but the network is unconditional (network.num_classes=0). Leave it out, or train with classes, as "
+    if not is_conditional and not has_classifier and s.labels != "all":
+        raise InputError(f"--labels={s.labels} was given, {unconditional}configs/digits_cond.py.")
+    if not is_conditional and s.guidance != 1:
+        raise InputError(f"--guidance={s.guidance:g} was given, {unconditional}configs/digits_cond.py.")
+    has_scale = is_conditional and (is_served or s.guidance != 1)
+    why = (
+        "there is no guidance: --guidance is 1, which is conditional"
+        if is_conditional
+        else "the network is unconditional"
+    )
+    if s.guidance_rescale and not has_scale:
+        raise InputError(f"--guidance_rescale={s.guidance_rescale:g} has no effect, since {why}. Leave it out.")
+    if (s.guidance_first, s.guidance_last) != (1, 0) and not has_scale and not has_classifier:
         raise InputError(
-            f"labels={s.labels} and guidance={s.guidance:g} are of a class-conditional network, and network.num_classes is 0. "
-            "Leave sample.labels at all and sample.guidance at 1."
+            f"--guidance_first={s.guidance_first} and --guidance_last={s.guidance_last} have no effect, since {why}. Leave "
+            "them out."
         )
 
 

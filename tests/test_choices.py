@@ -29,7 +29,12 @@ def test_a_setting_that_the_chosen_entry_does_not_have_is_refused_by_its_field(p
                 config = tiny_config()
                 config_lib.put(config, path, chosen)
                 default = FIELDS[name].default
-                others = {str: lambda v: f"{v}x", float: lambda v: v + 0.01}
+                others = {
+                    str: lambda v: f"{v}x",
+                    float: lambda v: v + 0.01,
+                    int: lambda v: v + 1,
+                    bool: lambda v: not v,
+                }
                 config_lib.put(config, name, default if name in owned else others[type(default)](default))
                 if name in owned:
                     assert not builders.foreign_settings(config)

@@ -31,7 +31,7 @@ WRONG_TYPE = {
 # Fields that any value of their type is right for: switches, and paths that are looked up when the data are read.
 ANY = {
     "data.random_flip", "data.data_dir", "data.split", "network.resamp_with_conv", "network.remat", "train.tf32",
-    "train.deterministic", "sample.clip",
+    "train.deterministic", "sample.clip", "sample.sigma_hat",
 }  # fmt: skip
 OUT_OF_RANGE = {
     "seed": [2**63],
@@ -101,6 +101,15 @@ OUT_OF_RANGE = {
     "sample.num_steps": [-1, 1001],
     "sample.spacing": ["even"],
     "sample.eta": [-0.1, 1.1],
+    "sample.churn": [-1.0],
+    "sample.jump_length": [0],
+    "sample.num_resamples": [0],
+    "sample.dynamic_threshold": [-0.1, 1.1],
+    "sample.labels": ["3"],  # the network is unconditional
+    "sample.guidance": [1e7, 2.0],
+    "sample.guidance_first": [0, 2],
+    "sample.guidance_last": [-1, 1],
+    "sample.guidance_rescale": [-0.1, 1.1, 0.5],
     "sample.num_images": [0, 10**12],
     "sample.batch_size": [0, 10**9],
     "sample.seed": [2**63, 2**63 - 1],

@@ -52,7 +52,7 @@ def test_rows_after_the_restored_step_are_cut_off(workdir, tmp_path):
 
 def test_a_finished_run_is_left_alone(workdir, caplog):
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="absl"):
         report = experiment.train(tiny_config(), str(workdir))
     assert "Step 4 of 4: nothing to do" in caplog.text
     assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*")} == before

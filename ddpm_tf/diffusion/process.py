@@ -14,7 +14,7 @@ from ddpm_tf.diffusion.schedules import Schedule
 from ddpm_tf.diffusion.variance import VARIANCES
 from ddpm_tf.errors import InputError
 
-_LEAST_FINAL_ALPHAS_CUMPROD = 1e-76  # the root of its inverse is as large as float32 holds
+LEAST_ALPHAS_CUMPROD = 1e-76  # the root of its inverse is as large as float32 holds
 
 
 class PMeanVariance(NamedTuple):
@@ -55,7 +55,7 @@ class GaussianDiffusion:
         checks.known("prediction", self.prediction, PREDICTIONS)
         checks.known("variance", self.variance, VARIANCES)
         last = self.schedule.alphas_cumprod[-1]
-        if self.prediction == "eps" and last < _LEAST_FINAL_ALPHAS_CUMPROD:
+        if self.prediction == "eps" and last < LEAST_ALPHAS_CUMPROD:
             raise InputError(
                 f"This chain ends at alphas_cumprod = {last:.3g}: prediction 'eps' cannot recover x_0 there, since 1 / sqrt("
                 "alphas_cumprod) is not finite in float32. Use prediction 'x_0' or 'v', or a schedule with smaller betas or "
@@ -140,7 +140,7 @@ class GaussianDiffusion:
                 the prediction first, then the log-variance (learned) or its place in the range (learned_range).
             x_t: float32 [B, H, W, C].
             t: int32 [B], index in this chain, 0-based.
-            clip: clip x_0 to [-1, 1].
+            clip: clip x_0 to [-1, 1]. A mean that is predicted directly (x_prev, over the whole chain) does not depend on it.
             dynamic_threshold: with clip, not to [-1, 1] but by `dynamically_thresholded` at this quantile; 0: to [-1, 1].
             eps_shift: [B, H, W, C], is added to eps before x_0 is clipped: the gradient of a classifier.
 
@@ -149,16 +149,20 @@ class GaussianDiffusion:
         """
         predicted, raw = self.split_output(output, x_t.shape[-1])
         x_0 = PREDICTIONS[self.prediction].to_x_0(self.schedule, x_t, t, predicted)
+        n = len(x_t.shape)
         if eps_shift is not None:
-            x_0 = x_0 - extract(self.schedule.sqrt_recipm1_alphas_cumprod, t, len(x_t.shape)) * eps_shift
+            x_0_shift = -extract(self.schedule.sqrt_recipm1_alphas_cumprod, t, n) * eps_shift
+            x_0 = x_0 + x_0_shift
         if clip:
             x_0 = (
                 dynamically_thresholded(x_0, dynamic_threshold)
                 if dynamic_threshold
                 else tf.clip_by_value(x_0, -1.0, 1.0)
             )
-        if self.prediction == "x_prev" and self.schedule.trained is self.schedule and eps_shift is None:
+        if self.prediction == "x_prev" and self.schedule.trained is self.schedule:
             mean = predicted  # as in the original: clipping x_0 does not change a mean that is predicted directly
+            if eps_shift is not None:
+                mean = mean + extract(self.schedule.posterior_mean_coef1, t, n) * x_0_shift
         else:
             mean = self.q_posterior(x_0, x_t, t)[0]
         log_variance = VARIANCES[self.variance].log_variance(self.schedule, raw, t, len(x_t.shape))

@@ -246,44 +246,51 @@ def _first_from_second(posterior_variance: np.ndarray, betas: np.ndarray) -> np.
     return np.append(first, posterior_variance[1:])
 
 
-def _uniform(T: int, S: int, alphas_cumprod: np.ndarray) -> np.ndarray:
+def _uniform(T: int, S: int, alphas_cumprod: np.ndarray | None) -> np.ndarray:
     return np.arange(0, T, T // S) if T % S == 0 else np.arange(S) * T // S
 
 
-def _quad_spacing(T: int, S: int, alphas_cumprod: np.ndarray) -> np.ndarray:
+def _quad_spacing(T: int, S: int, alphas_cumprod: np.ndarray | None) -> np.ndarray:
     # DDIM appendix D.2; the published form repeats small timesteps, and a repeated step does nothing.
     return np.unique((np.linspace(0, np.sqrt(T * 0.8), S) ** 2).astype(int))
 
 
-def _linspace(T: int, S: int, alphas_cumprod: np.ndarray) -> np.ndarray:
+def _linspace(T: int, S: int, alphas_cumprod: np.ndarray | None) -> np.ndarray:
     return np.round(np.linspace(0, T - 1, S)).astype(int)
 
 
-def _trailing(T: int, S: int, alphas_cumprod: np.ndarray) -> np.ndarray:
+def _trailing(T: int, S: int, alphas_cumprod: np.ndarray | None) -> np.ndarray:
     return (np.round(T - np.arange(S) * T / S).astype(int) - 1)[::-1]
 
 
-def _guide(T: int, S: int, alphas_cumprod: np.ndarray) -> np.ndarray:
+def _guide(T: int, S: int, alphas_cumprod: np.ndarray | None) -> np.ndarray:
     # int(linspace(-1, T - 1, S + 1)) without the first entry, in exact integers.
     return np.arange(1, S + 1) * T // S - 1
 
 
-def _logsnr(T: int, S: int, alphas_cumprod: np.ndarray) -> np.ndarray:
+def _logsnr(T: int, S: int, alphas_cumprod: np.ndarray | None) -> np.ndarray:
     return _even(S, alphas_cumprod, np.log)
 
 
-def _karras(T: int, S: int, alphas_cumprod: np.ndarray) -> np.ndarray:
+def _karras(T: int, S: int, alphas_cumprod: np.ndarray | None) -> np.ndarray:
     # EDM Eq. 5 with rho = 7, from the largest sigma of the chain to its smallest.
     return _even(S, alphas_cumprod, lambda sigma: sigma ** (1 / 7))
 
 
-def _even(S: int, alphas_cumprod: np.ndarray, place: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def _even(S: int, alphas_cumprod: np.ndarray | None, place: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """S timesteps even in place(sigma), sigma = sqrt(1 / abar - 1), each rounded to a trained one; repeats are dropped.
 
     sigma is infinite where no signal is left, so such a last timestep is visited beside them.
     """
+    if alphas_cumprod is None:
+        raise InputError("This timestep spacing depends on the schedule: give alphas_cumprod, [T].")
     num_finite = np.count_nonzero(alphas_cumprod > 0)
     num_infinite = len(alphas_cumprod) - num_finite
+    if num_infinite > 1:
+        raise InputError(
+            f"{num_infinite} timesteps have no signal (alphas_cumprod = 0); this spacing needs all but the last to have some. "
+            "Use another spacing, smaller betas or fewer timesteps."
+        )
     places = place(np.sqrt(1 / alphas_cumprod[:num_finite] - 1))
     wanted = np.linspace(places[-1], places[0], S - num_infinite)
     kept = np.round(np.interp(wanted, places, np.arange(num_finite))).astype(int)
@@ -299,7 +306,6 @@ TIMESTEP_SPACINGS = {
     "logsnr": _logsnr,
     "karras": _karras,
 }
-_OF_A_SCHEDULE = ("logsnr", "karras")
 
 
 def space_timesteps(
@@ -328,7 +334,4 @@ def space_timesteps(
     num_steps = checks.integer("num_steps", num_steps, low=1, high=num_timesteps)
     if num_steps == 1:
         return np.array([num_timesteps - 1])
-    if alphas_cumprod is None and spacing in _OF_A_SCHEDULE:
-        raise InputError(f"Timestep spacing {spacing!r} depends on the schedule: give alphas_cumprod, [T].")
-    given = np.empty(0) if alphas_cumprod is None else alphas_cumprod
-    return TIMESTEP_SPACINGS[spacing](num_timesteps, num_steps, given)
+    return TIMESTEP_SPACINGS[spacing](num_timesteps, num_steps, alphas_cumprod)

@@ -7,7 +7,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from ddpm_tf import text
+from ddpm_tf import builders, text
 from ddpm_tf.errors import InputError
 from ddpm_tf.networks.contract import Network
 from ddpm_tf.samplers.guidance import ClassifierGuided, is_conditional
@@ -52,7 +52,7 @@ def make_conditions(
         InputError: labels or guidance that the network does not take, an unknown class.
     """
     s = config.sample
-    check_guidance(config, is_conditional=is_conditional(network), has_classifier=isinstance(network, ClassifierGuided))
+    builders.check_guidance(config, has_classifier=isinstance(network, ClassifierGuided))
     num_classes = getattr(network, "num_classes", None)
     if num_classes is None:
         return Conditions(None, None, None, None)
@@ -67,30 +67,6 @@ def make_conditions(
             guidance - 1,
         )
     return Conditions(labels, guidance, classifier_scale, columns)
-
-
-def check_guidance(config: ConfigDict, *, is_conditional: bool, has_classifier: bool = False) -> None:
-    """Refuse labels and guidance that an unconditional network does not take, and settings of no guidance at all."""
-    s = config.sample
-    if not is_conditional and not has_classifier and s.labels != "all":
-        raise InputError(
-            f"--labels={s.labels} was given, but the network is unconditional (network.num_classes=0). Leave it out, or train "
-            "with classes, as configs/digits_cond.py."
-        )
-    if not is_conditional and s.guidance != 1:
-        raise InputError(
-            f"--guidance={s.guidance:g} was given, but the network is unconditional (network.num_classes=0), so there "
-            "is nothing to be guided to. Leave it out, or train with classes, as configs/digits_cond.py."
-        )
-    if s.guidance == 1 and s.guidance_rescale:
-        raise InputError(
-            f"--guidance_rescale={s.guidance_rescale:g} has no effect with --guidance=1, which is conditional. Leave it out."
-        )
-    if s.guidance == 1 and not has_classifier and (s.guidance_first, s.guidance_last) != (1, 0):
-        raise InputError(
-            f"--guidance_first={s.guidance_first} and --guidance_last={s.guidance_last} have no effect with "
-            "--guidance=1, which is conditional. Leave them out."
-        )
 
 
 def parse_labels(labels: str, num_classes: int, class_names: Sequence[str]) -> np.ndarray:

@@ -47,10 +47,6 @@ class Edit(NamedTuple):
                     f"--mask is filled in by --sampler=repaint, and --sampler={settings['sampler']} was given. Leave it out."
                 )
             settings["sampler"] = "repaint"
-        elif settings.get("sampler") == "repaint" and self.init_image:
-            raise InputError(
-                "--sampler=repaint with --init_image needs --mask=FILE, white where it is to be filled in."
-            )
         for flag, path in (("--init_image", self.init_image), ("--mask", self.mask)):
             if path:
                 check_local(path, flag)
@@ -77,6 +73,11 @@ class Edit(NamedTuple):
             assert isinstance(sampler, RePaintSampler)
             # The next float32 above, since `to_uint8` truncates and would make 63 of the grey levels one darker.
             return sampler.with_known(np.nextafter(image, np.float32(2)), ~is_filled_in)
+        if isinstance(sampler, RePaintSampler):
+            raise InputError(
+                "--sampler=repaint with --init_image needs --mask=FILE, white where it is to be filled in. Add it, or choose "
+                "another --sampler."
+            )
         return from_image(sampler, image, strength=0.5 if self.strength is None else self.strength)
 
     def record(self) -> dict[str, Any]:

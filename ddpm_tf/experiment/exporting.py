@@ -9,6 +9,7 @@ from typing import Any
 
 from absl import logging
 
+from ddpm_tf import builders
 from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.diffusion.schedules import space_timesteps
 from ddpm_tf.errors import InputError, unknown_name
@@ -73,6 +74,7 @@ def export(
     if format == SAVED_MODEL:
         check_server_files(models, max_batch)
     inference, sampler = load_sampler(workdir, ema=ema, settings=settings, classifier=classifier)
+    builders.check_guidance(inference.config, has_classifier=bool(classifier), is_served=True)
     bound_diffusion = _bound_diffusion(inference.diffusion, sampler.num_steps if bpd_steps is None else bpd_steps)
     fields = {
         "name": os.path.basename(out),

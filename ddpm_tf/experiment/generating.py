@@ -97,5 +97,7 @@ def _explain_not_finite(network: Network, sampler: Sampler, seed: int, condition
     trace = sample(network, sampler, [seed], trace=1, **conditions).trace  # type: ignore[arg-type]
     assert trace is not None
     is_bad = ~np.isfinite(trace.x_t[:-1]).reshape(len(trace.index), -1).all(axis=1)
+    is_guided = conditions.keys() & {"guidance", "classifier_scale"}
+    cause = "the guidance is too strong, or the weights are damaged" if is_guided else "the weights are damaged"
     t = sampler.diffusion.schedule.timesteps[sampler.plan.start[-1 - trace.index[is_bad].max()] - 1]
-    return f"The sample of seed {seed} is not finite from timestep t = {t} on: the weights are damaged."
+    return f"The sample of seed {seed} is not finite from timestep t = {t} on: {cause}."

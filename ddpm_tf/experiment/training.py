@@ -27,6 +27,7 @@ from ddpm_tf.errors import (
     storage_advice,
 )
 from ddpm_tf.experiment.callbacks import RunCallbacks, make_callbacks
+from ddpm_tf.experiment.conditions import parse_labels
 from ddpm_tf.experiment.grids import has_pictures
 from ddpm_tf.experiment.resume import check_data, check_workdir, load_initial, move_away, older_values, restore
 from ddpm_tf.experiment.run import Run, StartOptions, classifier_command, read_run_config
@@ -174,6 +175,8 @@ def _train(
     with contextlib.ExitStack() as stack:
         with cluster.together():
             source = builders.build_source(config, download=options.download, read_only=not cluster.is_chief)
+            if config.network.num_classes and not builders.is_classifier(config):
+                parse_labels(config.sample.labels, config.network.num_classes, source.details.class_names)
             builders.build_dataset(config, source, start_step=0)
             data = manifest(source)
             fingerprint = _fingerprint(config, strategy, cluster, digest(data))

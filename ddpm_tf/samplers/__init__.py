@@ -53,6 +53,7 @@ def make_sampler(
         clip: clip the predicted x_0 to [-1, 1].
         dynamic_threshold: with clip, a quantile of |x_0|, at most 1, for dynamic thresholding (Imagen: 0.995); 0: off.
         guidance_first, guidance_last: the sampling steps, 1..S, between which there is guidance; a last step of 0 means S.
+            heun's corrections count by their noise level.
         guidance_rescale: 0..1, see `classifier_free_output`.
         settings: of the sampler that is named. ddim has eta=0, its noise, 0 (deterministic) to 1, and sigma_hat=False; heun has
             churn=0; repaint has jump_length=10 and num_resamples=10.
@@ -89,5 +90,6 @@ def _interval(schedule: Schedule, first: int, last: int) -> tuple[int, int] | No
         )
     if (first, last) == (1, steps):
         return None
-    highest = schedule.trained.num_timesteps - 1 if first == 1 else int(schedule.timesteps[steps - first])
+    # Up to the step before, for heun's churn begins a step at a noisier timestep.
+    highest = schedule.trained.num_timesteps - 1 if first == 1 else int(schedule.timesteps[steps - first + 1]) - 1
     return int(schedule.timesteps[steps - last]), highest

@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from ddpm_tf.diffusion.gaussian import extract
 from ddpm_tf.diffusion.process import GaussianDiffusion
+from ddpm_tf.errors import InputError
 from ddpm_tf.samplers.base import DenoiseFunction, Sampler, StepOutput
 from ddpm_tf.samplers.plan import Move
 
@@ -29,6 +30,9 @@ class DPMSolver(Sampler):
 
     The first step, and the last one to abar = 1 (where h is infinite), are of first order: D = x_0. Order 1 is DDIM with eta 0.
     diffusers' DPMSolverMultistepScheduler does the same with final_sigmas_type="zero".
+
+    Raises:
+        InputError: a chain in which several timesteps have no signal.
     """
 
     needs_noise = False
@@ -36,6 +40,11 @@ class DPMSolver(Sampler):
     def __init__(self, diffusion: GaussianDiffusion, **denoising: Any) -> None:
         super().__init__(diffusion, **denoising)
         abar = np.append(1.0, diffusion.schedule.alphas_cumprod)  # by level
+        if np.count_nonzero(abar == 0) > 1:
+            raise InputError(
+                "dpm_solver needs a signal at all timesteps but the last, and several have alphas_cumprod = 0. Visit fewer of "
+                "them, or use another sampler."
+            )
         with np.errstate(divide="ignore"):  # lambda is infinite at level 0, and -infinite where no signal is left
             half_logsnr = 0.5 * (np.log(abar) - np.log(1.0 - abar))
         h = half_logsnr[:-1] - half_logsnr[1:]  # by index: of the step from level i + 1 to level i

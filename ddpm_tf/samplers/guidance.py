@@ -6,6 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from ddpm_tf.diffusion.gaussian import extract
+from ddpm_tf.diffusion.process import LEAST_ALPHAS_CUMPROD
 from ddpm_tf.diffusion.schedules import Schedule
 from ddpm_tf.errors import InputError
 from ddpm_tf.networks.contract import Inputs, Network
@@ -22,19 +23,21 @@ def classifier_free_output(network: Network, inputs: Inputs, weight: tf.Tensor, 
 
     Returns:
         The network's output, [B, H, W, out_channels]. A learned variance (the channels after the image's) is the
-        conditional one's: guidance changes the mean alone.
+        conditional one's, since guidance changes the mean alone; at weight 0 it is the unconditional one's.
     """
     labels = inputs["labels"]
     both = {name: tf.concat([value, value], axis=0) for name, value in inputs.items()}
     both["labels"] = tf.concat([labels, tf.fill(tf.shape(labels), network.num_classes)], axis=0)
     output, batch, channels = network(both, training=False), tf.shape(labels)[0], inputs["x_t"].shape[-1]
-    output, unconditional = output[:batch], output[batch:][..., :channels]  # two slices keep the static shape
-    conditional = output[..., :channels]
-    guided = unconditional + tf.reshape(weight, [-1, 1, 1, 1]) * (conditional - unconditional)
+    with_label, without = output[:batch], output[batch:]
+    conditional, unconditional = with_label[..., :channels], without[..., :channels]
+    weight = tf.reshape(weight, [-1, 1, 1, 1])
+    guided = unconditional + weight * (conditional - unconditional)
     if rescale:
         rescaled = guided * (_deviation(conditional) / tf.maximum(_deviation(guided), 1e-12))
         guided = rescale * rescaled + (1.0 - rescale) * guided
-    return tf.concat([guided, output[..., channels:]], axis=-1)
+    variance = tf.where(weight == 0, without[..., channels:], with_label[..., channels:])
+    return tf.concat([guided, variance], axis=-1)
 
 
 def _deviation(x: tf.Tensor) -> tf.Tensor:
@@ -65,6 +68,8 @@ class ClassifierGuided:
         return self.network(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "network":  # not set yet, in a copy
+            raise AttributeError(name)
         return getattr(self.network, name)
 
 
@@ -94,9 +99,10 @@ def check_guided_chain(network: Network, schedule: Schedule) -> None:
     Raises:
         InputError
     """
-    if isinstance(network, ClassifierGuided) and schedule.alphas_cumprod[-1] == 0:
+    last = schedule.alphas_cumprod[-1]
+    if isinstance(network, ClassifierGuided) and last < LEAST_ALPHAS_CUMPROD:
         raise InputError(
-            "A classifier cannot guide a chain that ends at alphas_cumprod = 0: its gradient is multiplied by 1 / 0 there. "
+            f"A classifier cannot guide a chain that ends at alphas_cumprod = {last:.3g}: its gradient is divided by that. "
             "Leave --classifier out and use classifier-free guidance, or train on another schedule."
         )
 

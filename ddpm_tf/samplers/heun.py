@@ -23,8 +23,9 @@ class HeunSampler(Sampler):
         X_prev = X + (sigma_prev - sigma) eps                                (Euler; it is DDIM's step with eta 0)
         X_prev = X + (sigma_prev - sigma) (eps + eps at X_prev) / 2          (Heun)
 
-    The last step, to sigma = 0, is Euler's alone, and so is a first one from sigma = infinity. So the network is asked
-    2 S - 1 times. Every time is a move of the plan: one that leads down predicts, one that stays on its level corrects.
+    The last step, to sigma = 0, is Euler's alone: the network is asked 2 S - 1 times. A first step from sigma = infinity is
+    Euler's, too: then it is asked 2 S - 2 times. Every time is a move of the plan: one that leads down predicts, one that stays
+    on its level corrects.
 
     With churn > 0, noise is added before every step, until sigma is (1 + min(churn / S, sqrt(2) - 1)) times what it was (EDM's
     S_churn, with S_noise = 1), rounded to the nearest trained timestep.
@@ -50,10 +51,13 @@ class HeunSampler(Sampler):
         self._num_steps = len(kept)
         levels, from_levels = (np.searchsorted(visited, t) + 1 for t in (kept, churned))
         ends = np.append(0, levels[:-1])
-        plan = [move for k in reversed(range(len(kept))) for move in ((levels[k], ends[k]), (ends[k], ends[k]))]
-        self.plan = Plan(
-            *(np.array(column) for column in zip(*plan[:-1], strict=True))
-        )  # nothing corrects the last step
+        has_signal = self.diffusion.schedule.alphas_cumprod[from_levels - 1] > 0
+        moves: list[tuple[int, int]] = []
+        for k in reversed(range(len(kept))):
+            moves.append((levels[k], ends[k]))
+            if k > 0 and has_signal[k]:
+                moves.append((ends[k], ends[k]))
+        self.plan = Plan(*(np.array(column) for column in zip(*moves, strict=True)))
         self._make_tables(levels, from_levels, ends)
 
     def _make_tables(self, levels: np.ndarray, from_levels: np.ndarray, ends: np.ndarray) -> None:
@@ -66,7 +70,7 @@ class HeunSampler(Sampler):
         self._scale[levels] = np.sqrt(abar[from_levels] / np.where(abar[levels] > 0, abar[levels], 1.0))
         self._scale[levels[from_levels == levels]] = 1.0
         self._noise[levels] = np.sqrt(np.maximum(1.0 - self._scale[levels] ** 2, 0.0))
-        # sqrt(abar_prev) (sigma_prev - sigma) / 2; from sigma = infinity there is no correction
+        # sqrt(abar_prev) (sigma_prev - sigma) / 2; a step from sigma = infinity is not corrected
         start, end = abar[from_levels], abar[ends]
         with np.errstate(divide="ignore", invalid="ignore"):
             correction = (np.sqrt(1.0 - end) - np.sqrt(end) * np.sqrt(1.0 / start - 1.0)) / 2.0

@@ -111,6 +111,8 @@ def interpolate_latents(
             "Latents are interpolated with a sampler that draws no noise after x_T, such as ddim with eta 0."
         )
     weights = checks.reals("lambdas", lambdas, low=0, high=1)
+    if not weights.size:
+        raise InputError("lambdas must be at least one number within 0..1, found none.")
     ends = checks.integers("seeds", seeds, **checks.INT64, shape=[2])
     conditions = check_conditions(network, len(weights), labels, guidance, classifier_scale)
     a, b = sampler.initial_state(tf.constant(ends), tuple(network.image_shape)).numpy().astype(np.float64)

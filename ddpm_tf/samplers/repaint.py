@@ -66,7 +66,7 @@ class RePaintSampler(AncestralSampler):
             mask: bool [H, W], True where the image is known.
 
         Raises:
-            InputError: another shape, or nothing to fill in.
+            InputError: a mask of another shape or type.
         """
         known, mask = np.asarray(known, np.float32), np.asarray(mask)
         if mask.shape != known.shape[:2] or mask.dtype != bool:

@@ -17,7 +17,8 @@ from ddpm_tf.networks.contract import Network
 from ddpm_tf.samplers.base import Sampler
 
 FILE = "model_card.json"
-_NOT_OF_THE_SAMPLER = ("num_images", "batch_size", "seed")  # fields of the config's `sample` section
+# Fields of the config's `sample` section that every request says, or that are of run_sample.py.
+_NOT_OF_THE_SAMPLER = ("num_images", "batch_size", "seed", "labels", "guidance")
 
 
 def make_card(inference: Any, sampler: Sampler, functions: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:

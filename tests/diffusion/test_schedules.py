@@ -202,8 +202,10 @@ def test_spacings_of_a_schedule_are_even_in_their_own_unit(spacing, schedule):
     assert len(used) >= len(wanted) // 2  # where the chain is coarse, several of the wanted fall together
     for t in used:
         assert np.abs(nearest - t).min() <= 1
-    with pytest.raises(InputError, match=f"Timestep spacing '{spacing}' depends on the schedule: give alphas_cumprod"):
+    with pytest.raises(InputError, match="depends on the schedule: give alphas_cumprod"):
         space_timesteps(1000, 10, spacing)
+    with pytest.raises(InputError, match="3 timesteps have no signal"):
+        space_timesteps(1000, 10, spacing, alphas_cumprod=np.append(abar[:-3] + 1e-9, np.zeros(3)))
 
 
 def test_zero_snr_rescales_linear_and_ends_without_signal():

@@ -26,6 +26,7 @@ def make_workdir(path, class_names=(), **fields):
     config.diffusion.num_timesteps = CHAIN
     if "diffusion__schedule" not in fields:
         config.diffusion.beta_end = 0.4  # so that such a short chain ends in noise
+    config.sample.sampler, config.sample.spacing = "ddim", "uniform"
     config.sample.num_steps, config.sample.num_images = STEPS, 6
     for name, value in fields.items():
         config_lib.put(config, name.replace("__", "."), value)

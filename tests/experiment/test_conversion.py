@@ -303,7 +303,7 @@ def test_tf1_has_no_place_for_another_number_of_groups(workdir, tmp_path):
 def test_tf1_has_no_place_for_classes(workdir, tmp_path, monkeypatch):
     config = small_config(**{"network.ch": 64, "network.num_groups": 32, "network.num_classes": 10})
     message = "network.num_classes=10, expected 0: the original release has no classes"
-    monkeypatch.setattr(conversion, "read_run_config", lambda _: config)
+    monkeypatch.setattr(conversion, "read_drawing_config", lambda _: config)
     with pytest.raises(InputError, match=message):
         experiment.export_weights(workdir, "tf1", str(tmp_path / "model.ckpt-0"))
     with pytest.raises(InputError, match=message):
