@@ -18,7 +18,7 @@ import numpy as np
 from tools.samplers_page import rows
 
 COUNT, BATCH, CLASSES = 2000, 250, 10
-SAMPLER = {"name": "dpm_solver", "num_steps": 20, "spacing": "logsnr"}
+SAMPLER = {"name": "dpm_solver", "num_steps": 20, "spacing": "trailing"}
 GUIDANCE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 CLASSIFIER = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0)
 RESULTS = ("agreement", "distance", "per_class")

@@ -66,7 +66,7 @@ def _sigmoid(T: int, *, start: float = -3.0, end: float = 3.0, tau: float = 1.0)
 
 
 def _linear_zero_snr(T: int, *, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
-    # Lin et al. 2024, Algorithm 1: sqrt(abar) is shifted so that it ends at 0, and scaled so that it begins where it did.
+    # Lin et al. 2023, Algorithm 1: sqrt(abar) is shifted so that it ends at 0, and scaled so that it begins where it did.
     if T < 2:
         raise InputError(f"Schedule linear_zero_snr needs num_timesteps of at least 2, found {T}.")
     root = np.sqrt(np.cumprod(1 - _linear(T, beta_start=beta_start, beta_end=beta_end)))
@@ -94,7 +94,7 @@ def make_betas(name: str, num_timesteps: int, **settings: float) -> np.ndarray:
 
     Args:
         name: linear, quad, warmup10, warmup50, const, jsd (the original's six); linear_scaled (endpoints
-            times 1000/T); linear_zero_snr (Lin et al. 2024: linear, rescaled so that no signal is left at the last timestep;
+            times 1000/T); linear_zero_snr (Lin et al. 2023: linear, rescaled so that no signal is left at the last timestep;
             for predictions v and x_0); cosine (improved DDPM Eq. 17) and sigmoid (Jabri et al. 2022), both capped at 0.999.
         num_timesteps: T, 1 to 1,000,000.
         settings: of the schedule that is named. beta_start=1e-4 and beta_end=0.02 are the endpoints (const has beta_end

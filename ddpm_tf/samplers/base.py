@@ -36,7 +36,7 @@ class Denoising(NamedTuple):
     dynamic_threshold: with clip, a quantile within (0, 1] for Imagen's dynamic thresholding instead; 0: static.
     guidance_interval: the smallest and the largest trained timestep with guidance (Kynkaanniemi et al. 2024); the others are
         conditional. None: all have guidance.
-    guidance_rescale: how far the guided output gets back the deviation of the conditional one, 0..1 (Lin et al. 2024, Eq. 16).
+    guidance_rescale: how far the guided output gets back the deviation of the conditional one, 0..1 (Lin et al. 2023, Eq. 16).
     """
 
     clip: bool = True

@@ -18,7 +18,7 @@ def classifier_free_output(network: Network, inputs: Inputs, weight: tf.Tensor, 
     Args:
         inputs: the network's inputs with `labels`, a batch of B.
         weight: float32 [B]; 0 is unconditional, 1 conditional, above 1 stronger. Ho & Salimans' own w is this weight - 1.
-        rescale: how far each image's output gets back the standard deviation of the conditional one, 0..1 (Lin et al. 2024,
+        rescale: how far each image's output gets back the standard deviation of the conditional one, 0..1 (Lin et al. 2023,
             Eqs. 15 and 16).
 
     Returns:

@@ -57,11 +57,11 @@ def sample(
             stronger; None: conditional, at half the cost.
         classifier_scale: weight of a classifier's gradient, one number or [N], for a network `guided_by` a classifier.
         trace: keep the states of every `trace` steps (1: all of them); 0: none.
-        shared_noise_steps: k >= 0: all images start from the first one's x_T and share its noise for the first k steps
+        shared_noise_steps: k >= 0: all images start from the first one's x_T and share its noise for the first k moves
             (Fig. 7 of the paper); -1: nothing is shared.
 
     Raises:
-        InputError: no seeds, labels or guidance that do not fit the network, a negative trace, k outside -1..S.
+        InputError: no seeds, labels or guidance that do not fit the network, a negative trace, k outside -1..the number of moves.
     """
     seeds, moves = check_seeds(seeds), sampler.plan.num_moves
     conditions = check_conditions(network, len(seeds), labels, guidance, classifier_scale)

@@ -88,7 +88,7 @@ def test_what_is_no_class_is_refused_with_the_names(labels, word):
         ("classes", {"guidance": float("inf")}, "sample.guidance must be 0 or a number between .*, found inf"),
         ("classes", {"guidance": 1e300}, "sample.guidance must be 0 or a number between"),
         ("classes", {"guidance": 1e7}, "sample.guidance must be within -1e6..1e6, found 10000000.0"),
-        ("classes", {"guidance_first": 2}, "--guidance_first=2 and --guidance_last=0 have no effect, since there is no guidance"),
+        ("classes", {"guidance_first": 2}, "--guidance_first=2 and --guidance_last=0 have no effect, since there"),
         ("classes", {"guidance": 2.0, "guidance_first": 0}, "guidance_first must be at least 1, found 0"),
         ("classes", {"guidance": 2.0, "guidance_first": 5}, "guidance_first=5 and guidance_last=4 must lie within .* 1..4"),
         ("classes", {"guidance": 2.0, "guidance_last": 5}, "guidance_first=1 and guidance_last=5 must lie within .* 1..4"),

@@ -130,7 +130,7 @@ def test_repaint_fills_in_a_correlated_gaussian_with_its_conditional_moments():
 
 
 def test_rescaled_guidance_has_the_conditional_deviation():
-    """Lin et al. 2024, Eqs. 15 and 16; a learned variance is the conditional one's."""
+    """Lin et al. 2023, Eqs. 15 and 16; a learned variance is the conditional one's."""
 
     class Network:
         num_classes = 2

@@ -147,15 +147,14 @@ class Client:
         guidance_scale: ArrayLike | None = None,
         classifier_scale: ArrayLike | None = None,
     ) -> Iterator[Step]:
-        """The same images step by step: yields a `Step` for each of the S steps. The last x is the image, in [-1, 1].
+        """The same images step by step: yields a `Step` for each move. The last x is the image, in [-1, 1].
 
         Every step is a request, so that a caller can show progress, or stop.
 
         Args:
             seeds: at most max_batch of them.
-            num_steps: the model's own number of moves, `sampler.num_moves` in the version's model_card.json; S, but 2 S - 1 for
-                heun. A model server cannot be asked
-                for it. It refuses a larger number; a smaller one gives other images than the sampler's.
+            num_steps: the model's own number of moves, `sampler.num_moves` in the version's model_card.json: S, but 2 S - 1 for
+                heun. A model server cannot be asked for it. It refuses a larger number; a smaller one gives other images.
             labels, guidance_scale, classifier_scale: see `sample`.
         """
         seeds = _as_seeds(seeds)
