@@ -31,7 +31,7 @@ class Show(NamedTuple):
     """What is shown; one of them.
 
     trace: x_t and the predicted x_0 every so many moves (Fig. 6); 0: not.
-    shared_noise_steps: all images start from the same x_T and share the noise of the first so many moves (Fig. 7); -1: not.
+    shared_noise_steps: all images start from the same x_T and share the noise of as many first moves (Fig. 7); -1: not.
     interpolate: two seeds with a comma, whose images are mixed; "": not.
     interpolate_at: the share of the steps to which both images are diffused and mixed (Fig. 8), above 0, at most 1; None: the
         latents are mixed, if the sampler draws no noise after x_T, else 0.5.

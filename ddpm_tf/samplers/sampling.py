@@ -61,7 +61,7 @@ def sample(
             (Fig. 7 of the paper); -1: nothing is shared.
 
     Raises:
-        InputError: no seeds, labels or guidance that do not fit the network, a negative trace, k outside -1..the number of moves.
+        InputError: no seeds, labels or guidance that do not fit the network, a negative trace, k outside -1..M, the moves.
     """
     seeds, moves = check_seeds(seeds), sampler.plan.num_moves
     conditions = check_conditions(network, len(seeds), labels, guidance, classifier_scale)

@@ -80,7 +80,7 @@ class Objective:
 
     @staticmethod
     def make_loss(name: str, diffusion: GaussianDiffusion, *, weight: str = "none", **settings: float) -> LossFunction:
-        """`losses.make_loss`, with a word on the loss that trains only classifiers."""
+        """`losses.make_loss`; cross_entropy, which only a classifier has, is refused with the reason."""
         if name == CROSS_ENTROPY:
             raise InputError(
                 f"Loss {name!r} trains a classifier, and this network predicts images. Use one of {sorted(LOSSES)}."
