@@ -202,3 +202,22 @@ def test_a_shift_of_eps_moves_x_0_before_it_is_clipped():
         plain = diffusion.p_mean_variance(output + shift, x_t, t, clip)
         for a, b in zip(shifted, plain, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_kept", [100, 10])
+def test_a_shift_of_0_changes_nothing_and_a_shift_moves_the_mean_by_the_posteriors_coefficient(num_kept):
+    """Also where the mean is predicted directly: x_prev, over the whole chain."""
+    diffusion = GaussianDiffusion(Schedule(make_betas("linear", 100)), prediction="x_prev")
+    diffusion = diffusion.respace(np.arange(0, 100, 100 // num_kept))
+    r = np.random.Generator(np.random.PCG64(1))
+    x_t, output, shift = (tf.constant(r.standard_normal((2, 3, 3, 1)), tf.float32) for _ in range(3))
+    t = tf.constant([2, 7])
+    plain, zero, shifted = (
+        diffusion.p_mean_variance(output, x_t, t, False, eps_shift=s) for s in (None, tf.zeros_like(shift), shift)
+    )
+    for a, b in zip(plain, zero, strict=True):
+        np.testing.assert_array_equal(a, b)
+    coef = diffusion.schedule.posterior_mean_coef1[t.numpy()][:, None, None, None]
+    moved = (shifted.x_0 - plain.x_0).numpy()
+    assert np.abs(moved).max() > 1e-3
+    np.testing.assert_allclose(shifted.mean - plain.mean, coef * moved, atol=1e-4 * np.abs(moved).max())

@@ -153,3 +153,5 @@ def test_rescaled_guidance_has_the_conditional_deviation():
         np.testing.assert_array_equal(
             output[..., 1:], np.broadcast_to(np.float32([1, 2])[:, None, None, None], x.shape)
         )
+    at_0 = classifier_free_output(Network(), inputs, tf.zeros([2])).numpy()
+    np.testing.assert_allclose(at_0, np.concatenate([5 * x, np.full_like(x, 5)], -1))  # all of it is the null class's

@@ -71,7 +71,7 @@ def test_the_null_class_is_trained_by_dropped_labels_alone():
     images = np.zeros((8, 8, 8, 1), np.float32)
     for rate, is_trained in ((0.0, False), (0.5, True)):
         model = DiffusionModel(make_network(), DIFFUSION, label_dropout=rate)
-        model.compile(make_optimizer(learning_rate=1e-3, warmup_steps=0))
+        model.compile(make_optimizer(learning_rate=1e-3, warmup_steps=0), run_eagerly=True)
         table = next(v for v in model.network.variables if v.path.endswith("labels/embeddings"))
         before = table.numpy()
         model.fit({"image": images, "label": np.arange(8, dtype=np.int32) % 3}, batch_size=8, epochs=3, verbose=0)
@@ -84,7 +84,7 @@ def test_micro_batches_carry_labels_and_what_is_dropped():
     weights = []
     for parts in (1, 4):
         model = DiffusionModel(make_network(), DIFFUSION, label_dropout=0.5, micro_batches=parts, grad_clip=0.0)
-        model.compile(make_optimizer(learning_rate=1e-3, warmup_steps=0))
+        model.compile(make_optimizer(learning_rate=1e-3, warmup_steps=0), run_eagerly=True)
         batch = {"image": rows, "label": np.arange(8, dtype=np.int32) % 3}
         model.fit(tf.data.Dataset.from_tensors(batch).repeat(2), verbose=0, shuffle=False)
         weights.append(np.concatenate([v.numpy().ravel() for v in model.ema_network.variables]))
