@@ -1,6 +1,6 @@
 """Measure class-conditional digits against the scale of guidance, and write docs/classes.md and its plot.
 
-  python -m tools.classes_page --conditional=runs/digits_cond --unconditional=runs/digits \
+  python -m tools.classes_page --conditional=runs/digits_cond --unconditional=runs/digits_long \
       --classifier=runs/digits_classifier --out=runs/classes [--docs=docs]
 
 Agreement: how many of 2,000 samples a logistic regression, trained on the real digits alone, takes for the class that was
@@ -21,11 +21,14 @@ COUNT, BATCH, CLASSES = 2000, 250, 10
 SAMPLER = {"name": "dpm_solver", "num_steps": 20, "spacing": "trailing"}
 GUIDANCE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 CLASSIFIER = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0)
+ALONE, SEEDS = ("unconditional", "null class"), (0, 1_000_000, 2_000_000)  # without a class; seeds of the first image
 RESULTS = ("agreement", "distance", "per_class")
 
 
 def plan() -> Iterator[dict]:
-    yield {"kind": "unconditional", "scale": 0.0}
+    for kind in ALONE:
+        for seed in SEEDS:
+            yield {"kind": kind, "scale": 0.0, "seed": seed}
     for scale in GUIDANCE:
         yield {"kind": "classifier-free", "scale": scale}
     for scale in CLASSIFIER:
@@ -57,14 +60,19 @@ def measure(args: argparse.Namespace, path: str) -> None:
         sampler = make_sampler(SAMPLER["name"], unconditional.diffusion, **settings)
         network, conditions = {
             "unconditional": (unconditional.network, {}),
+            "null class": (conditional.network, {"labels": CLASSES}),
             "classifier-free": (conditional.network, {"guidance": entry["scale"]}),
             "classifier": (guided, {"classifier_scale": entry["scale"]}),
         }[entry["kind"]]
-        batches = list(experiment.generate(network, sampler, num_images=COUNT, batch_size=BATCH, **conditions))
+        batches = list(
+            experiment.generate(
+                network, sampler, num_images=COUNT, seed=entry.get("seed", 0), batch_size=BATCH, **conditions
+            )
+        )
         images = np.concatenate([batch.images for batch in batches])
         features = judge.features(images)
         row = {**entry, "distance": frechet_distance(*moments(features), *of_all)}
-        if entry["kind"] != "unconditional":
+        if entry["kind"] not in ALONE:
             wanted = np.concatenate([batch.labels for batch in batches])
             row["agreement"] = float(np.mean(judge.probabilities(images).argmax(1) == wanted))
             parts = [frechet_distance(*moments(features[wanted == k]), *of_class[k]) for k in range(CLASSES)]
@@ -78,14 +86,14 @@ def write_page(measured: list[dict], docs: str) -> None:
     """Write classes.md, whose table are the measurements, and classes.png."""
     lines = ["| guidance | scale | agreement | distance | distance, by class |", "|---|---|---|---|---|"]
     for row in measured:
-        if row["kind"] != "unconditional":
+        if row["kind"] not in ALONE:
             cells = f"{row['agreement']:.1%} | {row['distance']:.3f} | {row['per_class']:.2f}"
             lines.append(f"| {row['kind']} | {row['scale']:g} | {cells} |")
-    alone = next(row["distance"] for row in measured if row["kind"] == "unconditional")
-    null = next(row["distance"] for row in measured if row["kind"] == "classifier-free" and row["scale"] == 0)
+    alone, null = ([row["distance"] for row in measured if row["kind"] == kind] for kind in ALONE)
+    ranges = [f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" for values in (null, alone)]
     text = (
-        f"At scale 0 the images are those of the null class: their distance is {null:.3f}. An unconditional network with the "
-        f"same number of training steps has {alone:.3f}."
+        f"The null class has the distance {ranges[0]}, with three sets of seeds, and an unconditional network with the same number "
+        f"of training steps {ranges[1]}."
     )
     with open(os.path.join(os.path.dirname(__file__), "classes_page.md"), encoding="utf-8") as f:
         template = f.read()
