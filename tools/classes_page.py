@@ -92,8 +92,8 @@ def write_page(measured: list[dict], docs: str) -> None:
     alone, null = ([row["distance"] for row in measured if row["kind"] == kind] for kind in ALONE)
     ranges = [f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" for values in (null, alone)]
     text = (
-        f"The null class has the distance {ranges[0]}, with three sets of seeds, and an unconditional network with the same number "
-        f"of training steps {ranges[1]}."
+        f"The null class has the distance {ranges[0]}, with three sets of seeds. An unconditional network with the same "
+        f"number of training steps has {ranges[1]}."
     )
     with open(os.path.join(os.path.dirname(__file__), "classes_page.md"), encoding="utf-8") as f:
         template = f.read()
