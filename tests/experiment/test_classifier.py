@@ -36,7 +36,7 @@ def test_a_run_draws_nothing_and_says_how_the_classifier_is_used(run, caplog):
     assert report.endswith(f"\npython run_sample.py --workdir=... --classifier={workdir} --classifier_scale=1")
     assert rows(workdir)[-1]["step"] == 4 and {"accuracy_q1", "loss_q4"} < rows(workdir)[-1].keys()
     assert "bound_q1" not in rows(workdir)[-1]
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="absl"):
         assert experiment.train(classifier_config(), str(workdir)) == report
     assert "Step 4 of 4: nothing to do" in caplog.text
 

@@ -59,7 +59,7 @@ def test_tensors_that_an_older_format_lacks_begin_as_in_a_new_run(tmp_path, capl
     counts = {"skipped/total": np.array(3), "skipped/in_a_row": np.array(1), "skipped/steps": np.arange(32)}
     stored = {"network/a": TENSORS["network/a"], "step": np.array(7), **({} if lacks_counts else counts)}
     write_old(tmp_path, 7, stored, {"format": format})
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="absl"):
         step, tensors = checkpoints.restore_latest(tmp_path, quarantine=True)
     in_a_new_run = {
         name: v.numpy() for state in (LossScale(False), SkippedCounts()) for name, v in state.state().items()
