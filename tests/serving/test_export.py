@@ -20,7 +20,6 @@ from tests.serving.conftest import ROOT, grey_levels, run_python
 C_API = """
 import sys
 import numpy as np
-from tests.conftest import drawn_weight, tf1_name
 from tests.serving.c_api import CSession
 session = CSession(sys.argv[1])
 with np.load(sys.argv[2]) as requests:
