@@ -163,7 +163,13 @@ def plot(measured: list[dict], path: str) -> None:
             if name_of(row) == curve:
                 points.setdefault(row["evaluations"], []).append(row["distance"])
         x = sorted(points)
-        axes.plot(x, [np.mean(points[n]) for n in x], marker="o", label=curve)
+        axes.plot(
+            x,
+            [np.mean(points[n]) for n in x],
+            marker="o",
+            linestyle="--" if curve.startswith("ddpm") else "-",
+            label=curve,
+        )
     axes.set(
         xscale="log",
         yscale="log",
