@@ -41,6 +41,7 @@ def test_a_run_draws_nothing_and_says_how_the_classifier_is_used(run, caplog):
     assert "Step 4 of 4: nothing to do" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(run, tmp_path):
     shutil.copytree(run[0], tmp_path / "w")
     shutil.rmtree(checkpoints.step_folder(str(tmp_path / "w" / "ckpt"), 4))

@@ -138,7 +138,7 @@ def test_an_export_draws_the_same_images_with_allowed_ops_alone(variant, tmp_pat
     np.testing.assert_allclose(loaded, sample(network, sampler, [7, 8, 9], **given).images, atol=1e-5)
 
 
-@pytest.mark.parametrize("prediction", ["v", "x_0"])
+@pytest.mark.parametrize("prediction", ["v", pytest.param("x_0", marks=pytest.mark.slow)])
 def test_it_draws_from_a_chain_that_ends_without_signal(prediction):
     """Data at one point: v and x_0 are known, and every sampler ends there."""
     schedule = Schedule(make_betas("linear_zero_snr", T))

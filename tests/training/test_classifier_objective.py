@@ -106,7 +106,7 @@ def one():
 
 
 @pytest.mark.parametrize(
-    "shared", [{"micro_batches": 4}, pytest.param({"replicas": 2}, marks=pytest.mark.slow)], ids=str
+    "shared", [pytest.param(s, marks=pytest.mark.slow) for s in ({"micro_batches": 4}, {"replicas": 2})], ids=str
 )
 def test_replicas_and_micro_batches_are_the_whole_batch(one, shared):
     """To the rounding of sums in another order, which Adam's first steps amplify."""
