@@ -246,7 +246,7 @@ def test_sampling_mistakes_leave_with_2(workdir, tmp_path):
     for args, message in (
         (["--num_steps=1001"], "within 1..1000"),
         (["--num_steps=0"], "within 1..T"),
-        (["--sampler=heun"], "Unknown sampler 'heun'"),
+        (["--sampler=hein"], "Unknown sampler 'hein'"),
         (["--num_images=0"], "sample.num_images must be at least 1"),
     ):
         result = command("run_sample.py", f"--workdir={workdir}", f"--out={tmp_path / 'o'}", *args)

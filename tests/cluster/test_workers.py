@@ -138,7 +138,7 @@ def draws(batch):
     index = context.replica_id_in_sync_group * size + tf.range(size)
     _, _, gradients = model.loss_and_gradient(batch["image"], None, index, tf.constant(6), tf.constant(0.5))
     drawn = model.objective.draws(index, tf.constant(6))
-    return batch["image"], *drawn, *context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
+    return batch["image"], *drawn[:3], *context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
 next(data)
 found = tf.function(lambda batch: strategy.run(draws, (batch,)))(next(data))
 np.savez(f"{sys.argv[1]}/{cluster.index}.npz", *[strategy.experimental_local_results(v)[0].numpy() for v in found])
@@ -164,7 +164,7 @@ def test_two_workers_see_and_draw_the_parts_of_the_global_batch_and_have_its_gra
     batch = next(iter(builders.build_dataset(config, builders.build_source(config), start_step=6)))
     index, step = tf.range(8), tf.constant(6)
     _, _, gradients = tf.function(model.loss_and_gradient)(batch["image"], None, index, step, tf.constant(1.0))
-    expected = [np.asarray(a) for a in (batch["image"], *model.objective.draws(index, step), *gradients)]
+    expected = [np.asarray(a) for a in (batch["image"], *model.objective.draws(index, step)[:3], *gradients)]
     for part in parts:
         found = [images, t, eps, masks, *(part[f"arr_{i}"] for i in range(4, len(expected)))]
         test_model.assert_same_first_step(expected, found)
