@@ -27,9 +27,11 @@ _MASK = flags.DEFINE_string("mask", "", "A picture, white where --init_image is 
 _STRENGTH = flags.DEFINE_float(
     "strength", None, "How much --init_image changes: the share of the steps that are made, above 0 to 1; default: 0.5."
 )
-_TRACE = flags.DEFINE_integer("trace", 0, "Show x_t and the predicted x_0 every so many moves: strips and GIFs.")
+_TRACE = flags.DEFINE_integer(
+    "trace", 0, "Show x_t and the predicted x_0 after every N-th move, as strips and GIFs; 0: not."
+)
 _SHARED = flags.DEFINE_integer(
-    "shared_noise_steps", -1, "Let all images share x_T and the noise of so many first moves (Fig. 7)."
+    "shared_noise_steps", -1, "Let all images share x_T and the noise of the first N moves (Fig. 7); -1: not."
 )
 _INTERPOLATE = flags.DEFINE_string(
     "interpolate", "", "SEED_A,SEED_B: a strip of --num_images images between those of two seeds."

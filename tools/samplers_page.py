@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -103,8 +103,7 @@ def rows(path: str) -> list[dict]:
 
 def name_of(row: dict) -> str:
     """The name of the curve that a measurement belongs to."""
-    settings = "".join(f", {key} {row[key]:g}" for key in ("eta",) if key in row)
-    return f"{row['sampler']}, {row['spacing']}{settings}"
+    return f"{row['sampler']}, {row['spacing']}" + (f", eta {row['eta']:g}" if "eta" in row else "")
 
 
 def timing(workdir: str) -> str:
@@ -132,17 +131,21 @@ def timing(workdir: str) -> str:
     return "\n".join(lines)
 
 
-def cells(measured: list[dict], key: str, form: Callable[[list[float]], str]) -> list[str]:
-    """A table of a result: a row for every curve, a column for every number of evaluations."""
+def distance_table(measured: list[dict]) -> str:
+    """A row for every curve, a column for every number of evaluations."""
     columns = [*EVALUATIONS, 100, 250, 1000]
     lines = [
         "| sampler, spacing | " + " | ".join(map(str, columns)) + " |",
         "|---" * (len(columns) + 1) + "|",
     ]
     for curve in dict.fromkeys(map(name_of, measured)):
-        values = [[row[key] for row in measured if name_of(row) == curve and near(row, n)] for n in columns]
-        lines.append(f"| {curve} | " + " | ".join(form(v) if v else "" for v in values) + " |")
-    return lines
+        values = [[row["distance"] for row in measured if name_of(row) == curve and near(row, n)] for n in columns]
+        lines.append(
+            f"| {curve} | "
+            + " | ".join(f"{np.mean(v):.3f} ±{(max(v) - min(v)) / 2:.3f}" if v else "" for v in values)
+            + " |"
+        )
+    return "\n".join(lines)
 
 
 def near(row: dict, evaluations: int) -> bool:
@@ -253,8 +256,7 @@ def write_page(measured: list[dict], docs: str, workdir: str) -> None:
     """Write samplers.md, whose tables are the measurements, and its pictures."""
     with open(os.path.join(os.path.dirname(__file__), "samplers_page.md"), encoding="utf-8") as f:
         template = f.read()
-    distances = cells(measured, "distance", lambda v: f"{np.mean(v):.3f} ±{(max(v) - min(v)) / 2:.3f}")
-    values: dict[str, str] = {"distances": "\n".join(distances), "seconds": timing(workdir), "floor": floor()}
+    values: dict[str, str] = {"distances": distance_table(measured), "seconds": timing(workdir), "floor": floor()}
     values["encoding"] = encoding(workdir, docs)
     inpainting(workdir, docs)
     for name, value in values.items():

@@ -1,6 +1,5 @@
 """Pictures of how sampling works: its states, shared noise, interpolation, and images encoded and decoded."""
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -28,10 +27,11 @@ _MAX_IMAGES = 256  # in one picture
 
 
 class Show(NamedTuple):
-    """What is shown; one of them.
+    """What is shown: one of these, or the first two together.
 
-    trace: x_t and the predicted x_0 every so many moves (Fig. 6); 0: not.
-    shared_noise_steps: all images start from the same x_T and share the noise of as many first moves (Fig. 7); -1: not.
+    trace: N > 0 shows x_t and the predicted x_0 after every N-th move (Fig. 6); 0: not.
+    shared_noise_steps: N >= 0 lets all images start from the same x_T and share the noise of the first N moves (Fig. 7); -1:
+        not.
     interpolate: two seeds with a comma, whose images are mixed; "": not.
     interpolate_at: the share of the steps to which both images are diffused and mixed (Fig. 8), above 0, at most 1; None: the
         latents are mixed, if the sampler draws no noise after x_T, else 0.5.
@@ -162,7 +162,7 @@ def show_pictures(
     elif show.encode:
         draw = _encoding
     pictures, arrays, report = draw(job)
-    _write(out, pictures, arrays, report)
+    _write(out, pictures, arrays)
     return f"{report}\nPictures: {out}"
 
 
@@ -288,7 +288,7 @@ def _read_images(path: str, image_shape: tuple[int, int, int]) -> np.ndarray:
     return read
 
 
-def _write(out: str, pictures: Mapping[str, bytes], arrays: Mapping[str, np.ndarray], report: str) -> None:
+def _write(out: str, pictures: Mapping[str, bytes], arrays: Mapping[str, np.ndarray]) -> None:
     parent = os.path.dirname(os.path.abspath(out))
     try:
         os.makedirs(parent, exist_ok=True)
@@ -298,8 +298,6 @@ def _write(out: str, pictures: Mapping[str, bytes], arrays: Mapping[str, np.ndar
                 with open(os.path.join(folder, name), "wb") as f:
                     f.write(content)
             np.savez(os.path.join(folder, "samples.npz"), **arrays)  # type: ignore[arg-type]
-            with open(os.path.join(folder, "pictures.json"), "w", encoding="utf-8") as f:
-                json.dump({"report": report}, f, indent=2)
     except OSError as e:
         if is_full(e):
             raise StorageError(f"--out={out} cannot be written: {e}. {storage_advice(e)}") from e

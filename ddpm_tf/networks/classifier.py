@@ -138,7 +138,7 @@ class Classifier(Encoder):
 
 
 class AttentionPool(Block):
-    """An image's features to one vector by attention (CLIP, Radford et al. 2021, section 2.3).
+    """An image's features to one vector by attention (Radford et al. 2021, CLIP).
 
     The mean over all positions is put before the positions as one more token, and a learned vector is added to every token.
     Then the mean token asks all tokens, itself included, with several heads. A linear layer follows (zero init).

@@ -1,6 +1,5 @@
-"""What a training step of a classifier of noisy images computes (Dhariwal & Nichol 2021, section 4.1)."""
+"""What a training step of a classifier of noisy images computes (Dhariwal & Nichol 2021, section 4)."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -8,7 +7,6 @@ import tensorflow as tf
 from ddpm_tf.diffusion.losses import LossFunction
 from ddpm_tf.diffusion.process import GaussianDiffusion
 from ddpm_tf.errors import InputError
-from ddpm_tf.networks.contract import Network
 from ddpm_tf.training import diagnostics
 from ddpm_tf.training.objective import CROSS_ENTROPY, Computed, Objective
 
@@ -24,28 +22,6 @@ class ClassifierObjective(Objective):
 
     LOGS = diagnostics.ACCURACY_LOGS
     HAS_NULL_CLASS = False
-
-    def __init__(
-        self,
-        network: Network,
-        diffusion: GaussianDiffusion,
-        *,
-        seed: int = 0,
-        loss: str = "simple",
-        loss_weight: str = "none",
-        loss_settings: Mapping[str, Any] | None = None,
-        label_dropout: float = 0.0,
-    ) -> None:
-        super().__init__(
-            network,
-            diffusion,
-            seed=seed,
-            loss=loss,
-            loss_weight=loss_weight,
-            loss_settings=loss_settings,
-            label_dropout=label_dropout,
-        )
-        self.label_dropout = 0.0
 
     @staticmethod
     def make_loss(name: str, diffusion: GaussianDiffusion, *, weight: str = "none", **settings: float) -> LossFunction:

@@ -74,7 +74,7 @@ class Objective:
         if not 0 <= checks.real("label_dropout", label_dropout) < 1:
             raise InputError(f"label_dropout must be within [0, 1), found {label_dropout}.")
         self.network, self.diffusion = network, diffusion
-        self.label_dropout = label_dropout if network.num_classes is not None else 0.0
+        self.label_dropout = label_dropout if network.num_classes is not None and self.HAS_NULL_CLASS else 0.0
         self.seed = checks.integer("seed", seed, **checks.INT64)
         self.loss = self.make_loss(loss, diffusion, weight=loss_weight, **(loss_settings or {}))
 
